@@ -1,0 +1,127 @@
+"""Which blocks of a batch of volumes are visible, and who neighbours whom.
+
+Letters: B batch, Gd/Gh/Gw blocks (cells) per axis, N visible blocks in the batch, 27 = 3x3x3
+neighbours in the order of a 3x3x3 kernel's taps.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """The visible blocks of a batch of volumes on a regular grid, and the tables operators read.
+
+    `visible` is True where the encoder sees the block. Packed tensors hold the visible blocks in
+    the order of `torch.nonzero(visible)`, so blocks of one sample are neighbours in memory. One
+    mask serves every stage of a network: only the width of a block changes.
+    Build it on the host and move it with `to`: nothing later waits for the device.
+    """
+
+    visible: Bool[Tensor, "B Gd Gh Gw"]
+    coords: Int[Tensor, "N 4"]  # (sample, d, h, w) of each visible block
+    neighbors: Int[Tensor, "N 27"]  # packed position, -1 where masked or outside
+    counts: tuple[int, ...]  # visible blocks of each sample
+    tables: dict = field(default_factory=dict, repr=False)  # filled by backends, once per mask
+
+    @classmethod
+    def from_visible(cls, visible: Bool[Tensor, "B Gd Gh Gw"]) -> "BlockMask":
+        """Build the tables of a given pattern; waits for the device if `visible` is not on CPU."""
+        if visible.ndim != 4 or visible.dtype != torch.bool:
+            raise ValueError(
+                f"visible must be bool [batch, d, h, w], got {visible.dtype} {tuple(visible.shape)}"
+            )
+        device, visible = visible.device, visible.cpu()
+        order = visible.flatten().cumsum(0, dtype=torch.int32).view_as(visible) - 1
+        padded = F.pad(torch.where(visible, order, -1), (1, 1, 1, 1, 1, 1), value=-1)
+        windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
+        mask = cls(
+            visible,
+            visible.nonzero().int(),
+            windows[visible].contiguous(),
+            tuple(visible.flatten(1).sum(1).tolist()),
+        )
+        return mask.to(device)
+
+    @classmethod
+    def random(
+        cls,
+        batch_size: int,
+        grid: tuple[int, int, int],
+        mask_ratio: float,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> "BlockMask":
+        """Hide the same number of blocks, `mask_ratio` of them, in every sample of the batch.
+
+        Args:
+            grid: Blocks per axis.
+            mask_ratio: Fraction hidden, in [0, 1]; rounded to whole blocks.
+            generator: A CPU generator; the global one if None.
+        """
+        if not 0 <= mask_ratio <= 1:
+            raise ValueError(f"mask_ratio must lie in [0, 1], got {mask_ratio}")
+        total = grid[0] * grid[1] * grid[2]
+        keep = total - round(total * mask_ratio)
+        everything = torch.ones(batch_size, *grid, dtype=torch.bool)
+        return cls.from_visible(_keep_random(everything, [keep] * batch_size, generator))
+
+    def hidden(self) -> "BlockMask":
+        """The mask that shows exactly what this one hides."""
+        return BlockMask.from_visible(~self.visible)
+
+    def sample(self, fraction: float, *, generator: torch.Generator | None = None) -> "BlockMask":
+        """A random `fraction` in (0, 1] of each sample's visible blocks, at least one."""
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
+        keep = [min(n, max(1, round(n * fraction))) for n in self.counts]
+        visible = _keep_random(self.visible.cpu(), keep, generator)
+        return BlockMask.from_visible(visible.to(self.visible.device))
+
+    def voxels(self, block: tuple[int, int, int]) -> Bool[Tensor, "B 1 D H W"]:
+        """The mask at the resolution where a cell is `block` voxels wide."""
+        out = self.visible[:, None]
+        for axis, width in enumerate(block):
+            out = out.repeat_interleave(width, axis + 2, output_size=out.shape[axis + 2] * width)
+        return out
+
+    def block_of(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Voxels per cell and axis of a volume [..., D, H, W] laid over this grid."""
+        grid, size = self.grid, tuple(shape[-3:])
+        if any(s % g or s == 0 for s, g in zip(size, grid, strict=True)):
+            raise ValueError(f"a volume of {size} voxels does not tile onto a grid of {grid} cells")
+        return tuple(s // g for s, g in zip(size, grid, strict=True))
+
+    def to(self, device: torch.device | str) -> "BlockMask":
+        """The same mask on another device; itself if it is there already."""
+        device = torch.device(device)
+        if device == self.visible.device:
+            return self
+        moved = (t.to(device, non_blocking=True) for t in self._tensors)
+        return BlockMask(*moved, self.counts)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.visible, self.coords, self.neighbors
+
+    @property
+    def batch_size(self) -> int:
+        return self.visible.shape[0]
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return tuple(self.visible.shape[1:])
+
+    def __len__(self) -> int:
+        return self.coords.shape[0]
+
+
+def _keep_random(candidates: Tensor, keep: list[int], generator) -> Tensor:
+    """Switch off all but `keep[i]` randomly chosen True entries of sample i."""
+    noise = torch.rand(candidates.shape, generator=generator).masked_fill_(~candidates, 2.0)
+    ranks = noise.flatten(1).argsort(1).argsort(1)
+    return (ranks < torch.tensor(keep)[:, None]).view_as(candidates)
