@@ -1,0 +1,1 @@
+"""Networks: the residual encoder U-Net and the sparse masked autoencoder around it."""
