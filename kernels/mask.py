@@ -96,13 +96,21 @@ class BlockMask:
             raise ValueError(f"a volume of {size} voxels does not tile onto a grid of {grid} cells")
         return tuple(s // g for s, g in zip(size, grid, strict=True))
 
+    def check_batch(self, shape: tuple[int, ...]) -> None:
+        """Raise a ValueError unless a dense batch of `shape` has as many samples as the mask."""
+        if len(shape) != 5 or shape[0] != self.batch_size:
+            raise ValueError(
+                f"a mask of {self.batch_size} samples takes [B, C, D, H, W] with that batch, "
+                f"got {tuple(shape)}"
+            )
+
     def to(self, device: torch.device | str) -> "BlockMask":
         """The same mask on another device; itself if it is there already."""
-        device = torch.device(device)
-        if device == self.visible.device:
+        waits = torch.device(device).type == "cpu"  # values must have arrived before the host reads
+        visible, *others = (t.to(device, non_blocking=not waits) for t in self._tensors)
+        if visible is self.visible:  # "cuda" is "cuda:0" too
             return self
-        moved = (t.to(device, non_blocking=True) for t in self._tensors)
-        return BlockMask(*moved, self.counts)
+        return BlockMask(visible, *others, self.counts)
 
     @property
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,11 +41,9 @@ class ConvTranspose3d(nn.ConvTranspose3d):
         if isinstance(x, Tensor):
             return super().forward(x, output_size)
         if self.kernel_size != self.stride or any((*self.padding, *self.output_padding)):
-            raise ValueError(
-                f"no block-sparse form of {self}: it needs kernel = stride, no padding"
-            )
+            raise ValueError(f"no block-sparse form of {self}: needs kernel = stride, no padding")
         if self.groups != 1 or self.dilation != (1, 1, 1):
-            raise ValueError(f"no block-sparse form of {self}: it needs dilation 1, groups 1")
+            raise ValueError(f"no block-sparse form of {self}: needs dilation 1, groups 1")
         return ops.conv_transpose3d(x, self.weight, self.bias, backend=self.backend)
 
 

@@ -47,10 +47,11 @@ def conv3d(
         raise ValueError(f"kernel {tuple(weight.shape[2:])}: block-sparse kernels are 1 or 3 wide")
     if not set(stride) <= {1, 2}:
         raise ValueError(f"stride {tuple(stride)}: block-sparse convolutions step by 1 or 2")
+    run = _resolve("conv3d", x, backend)
     x, weight, bias = autocast(x, weight, bias)
     if coarser_than_grid(x.block, stride):
         return F.conv3d(x.unpack(), weight, bias, stride, [k // 2 for k in weight.shape[2:]])
-    return _resolve("conv3d", x, backend)(x, weight, bias, stride)
+    return run(x, weight, bias, stride)
 
 
 def conv_transpose3d(
@@ -73,16 +74,18 @@ def conv_transpose3d(
 
 def avg_pool3d(x: Masked, window: Triple, *, backend: str = "auto") -> Masked | Tensor:
     """Average over windows that tile the volume (stride = window, no padding)."""
+    run = _resolve("avg_pool3d", x, backend)
     if coarser_than_grid(x.block, window):
         return F.avg_pool3d(x.unpack(), window)
-    return _resolve("avg_pool3d", x, backend)(x, window)
+    return run(x, window)
 
 
 def max_pool3d(x: Masked, window: Triple, *, backend: str = "auto") -> Masked | Tensor:
     """Maximum over windows that tile the volume (stride = window, no padding)."""
+    run = _resolve("max_pool3d", x, backend)
     if coarser_than_grid(x.block, window):
         return F.max_pool3d(x.unpack(), window)
-    return _resolve("max_pool3d", x, backend)(x, window)
+    return run(x, window)
 
 
 def instance_norm(
@@ -128,8 +131,6 @@ def autocast(x: Masked, *parameters: Tensor | None):
 def _resolve(op: str, x: Masked, backend: str):
     if isinstance(x, DenseMasked):
         if backend not in ("auto", "reference"):
-            raise ValueError(
-                f"backend {backend!r} takes a BlockTensor; DenseMasked has 'reference'"
-            )
+            raise ValueError(f"backend {backend!r} takes a BlockTensor, not a DenseMasked")
         backend = "reference"
     return registry.resolve(op, backend)

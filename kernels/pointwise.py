@@ -52,7 +52,7 @@ class Pointwise:
             return other.values
         if not isinstance(other, Tensor) or other.ndim == 0:
             return other
-        if other.ndim == 5 and other.shape[1] in (1, self.channels) and other[0, 0].numel() == 1:
+        if other.shape in ((1, 1, 1, 1, 1), (1, self.channels, 1, 1, 1)):
             layout = [1] * 5
             layout[self.channel_dim] = -1
             return other.reshape(layout)
@@ -68,16 +68,18 @@ class Pointwise:
         if other.mask is not self.mask:
             raise ValueError("tensors on two different masks: pack both with one BlockMask object")
         if other.block != self.block:
-            raise ValueError(
-                f"tensors of two resolutions: blocks of {self.block} and {other.block}"
-            )
+            raise ValueError(f"tensors of two resolutions: blocks {self.block} and {other.block}")
+
+    def require_fill(self, fill) -> None:
+        if isinstance(fill, Tensor) and fill.shape != (self.channels,):
+            raise ValueError(f"fill has shape {tuple(fill.shape)}, expected ({self.channels},)")
 
     def map(self, fn: Callable[[Tensor], Tensor]):
         """Apply a pointwise function, such as an activation."""
         return self.with_values(fn(self.values))
 
     def to(self, *args, **kwargs):
-        """Change the dtype of the features (a device change would need a moved mask: pack there)."""
+        """Change the dtype; another device needs the mask there too, so pack there instead."""
         values = self.values.to(*args, **kwargs)
         if values.device != self.values.device:
             raise ValueError("move the mask (BlockMask.to) and the dense batch, then pack there")

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsemae.kernels.mask import BlockMask
+from sparsemae.kernels.rows import own
 
 
 def pack_blocks(
@@ -42,7 +43,7 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, token, fill, mask):
         ctx.mask, ctx.block = mask, tuple(features.shape[1:4])
-        return _scatter(features, mask, fill if token is None else token)
+        return own(_scatter(features, mask, fill if token is None else token))
 
     @staticmethod
     def backward(ctx, grad):

@@ -25,11 +25,13 @@ class DenseMasked(Pointwise):
     @classmethod
     def pack(cls, dense: Float[Tensor, "B C D H W"], mask: BlockMask) -> "DenseMasked":
         """Multiply by the mask."""
+        mask.check_batch(dense.shape)
         return cls(dense * _voxels(mask, mask.block_of(dense.shape), dense.dtype), mask)
 
     def unpack(self, fill: float | Float[Tensor, "C"] = 0.0) -> Float[Tensor, "B C D H W"]:
         """The dense batch, masked voxels set to `fill`."""
-        if isinstance(fill, float) and fill == 0.0:
+        self.require_fill(fill)
+        if not isinstance(fill, Tensor) and fill == 0:
             return self.dense
         token = fill.view(-1, 1, 1, 1) if isinstance(fill, Tensor) else fill
         return self.dense + token * (1 - _voxels(self.mask, self.block, self.dtype))

@@ -32,11 +32,7 @@ class BlockTensor(Pointwise):
     @classmethod
     def pack(cls, dense: Float[Tensor, "B C D H W"], mask: BlockMask) -> "BlockTensor":
         """Keep the visible blocks of a dense batch; masked voxels are never read."""
-        if dense.ndim != 5 or dense.shape[0] != mask.batch_size:
-            raise ValueError(
-                f"a mask of {mask.batch_size} samples takes [B, C, D, H, W] with that batch, "
-                f"got {tuple(dense.shape)}"
-            )
+        mask.check_batch(dense.shape)
         return cls(pack_blocks(dense, mask, mask.block_of(dense.shape)), mask)
 
     @classmethod
@@ -49,8 +45,7 @@ class BlockTensor(Pointwise):
 
         `fill` is a number or one value per channel (a mask token), which gets its gradient.
         """
-        if isinstance(fill, Tensor) and fill.shape != (self.channels,):
-            raise ValueError(f"fill has shape {tuple(fill.shape)}, expected ({self.channels},)")
+        self.require_fill(fill)
         return unpack_blocks(self.features, self.mask, fill)
 
     def fill(self, value: float) -> "BlockTensor":

@@ -51,7 +51,7 @@ class _TapConv(torch.autograd.Function):
         ctx.save_for_backward(features, weight)
         columns = _columns(features, mask, weight.shape[2:])
         flat = weight.permute(0, 2, 3, 4, 1).reshape(weight.shape[0], -1)  # [Co, T*Ci]
-        return own(linear(columns, flat, bias).view(*features.shape[:4], -1))
+        return own(linear(columns, flat, bias).view(*features.shape[:4], len(weight)))
 
     @staticmethod
     def backward(ctx, grad):
@@ -73,9 +73,9 @@ class _TapConv(torch.autograd.Function):
 
 def _columns(features: Tensor, mask, kernel) -> Tensor:
     """[N, bd, bh, bw, C] -> [R, T*C], the rows under each tap."""
-    rows = features.shape[:4].numel()
+    rows, width = features.shape[:4].numel(), math.prod(kernel) * features.shape[4]
     taps = tap_gather(mask, tuple(features.shape[1:4]), tuple(kernel))
-    return taps.rows(features, 0, len(mask)).view(rows, -1)
+    return taps.rows(features, 0, len(mask)).view(rows, width)
 
 
 class _HaloConv(torch.autograd.Function):

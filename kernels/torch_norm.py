@@ -49,18 +49,19 @@ class _InstanceNorm(torch.autograd.Function):
                 dy, image, weight, None, None, mean, inverse_std, True, ctx.eps, wanted
             )
             out.append(_rows(dx) if wanted[0] else None)
-            if weight is not None:
+            if wanted[1]:
                 dw = dw_sample if dw is None else dw + dw_sample
+            if wanted[2]:
                 db = db_sample if db is None else db + db_sample
         dx = _join(out, features) if wanted[0] else None
-        if not out and weight is not None:  # no visible voxel at all
-            dw, db = torch.zeros_like(weight), torch.zeros_like(weight)
-        return dx, dw if wanted[1] else None, db if wanted[2] else None, None, None
+        if not out:  # no visible voxel at all
+            dw, db = (features.new_zeros(features.shape[4]) if w else None for w in wanted[1:])
+        return dx, dw, db, None, None
 
 
 def _samples(features: Tensor, mask):
     """The rows of each sample that has any, as a channels-last image [1, C, rows, 1]."""
-    n, *block, channels = features.shape
+    n, channels = features.shape[0], features.shape[4]
     rows = features.reshape(-1, channels)
     per_block = rows.shape[0] // n if n else 0
     for part in rows.split([count * per_block for count in mask.counts]):

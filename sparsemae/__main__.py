@@ -1,0 +1,6 @@
+"""`python -m sparsemae` is the `sparsemae` command."""
+
+from sparsemae.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The `sparsemae` command. It only parses and reports; the work is in the modules it calls.
+
+Exit codes: 0 done, 2 usage, configuration or data set, 3 some volumes rejected, 1 bug or machine.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsemae.errors import UserError
+
+app = typer.Typer(
+    help="Pre-train 3D CNNs on medical volumes by masked autoencoding that skips masked voxels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")
+]
+
+
+@app.command()
+def preprocess(
+    sources: Annotated[list[Path], typer.Argument(metavar="SRC...", help="NIfTI files, folders.")],
+    store: Annotated[Path, typer.Option("--output", "-o", metavar="STORE", help="New store.")],
+    spacing: Annotated[
+        str, typer.Option(help="Voxel size in mm: 1, or x,y,z, or keep for each volume's own.")
+    ] = "1",
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the store.")] = False,
+) -> None:
+    """Turn a folder of NIfTI volumes into a store of training patches."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sparsemae.data.preprocess import FAILURES
+    from sparsemae.data.preprocess import preprocess as run
+
+    console = Console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("volumes", total=None)
+
+        def show(done: int, total: int, outcome) -> None:
+            progress.update(task, completed=done, total=total)
+            if message := getattr(outcome, "message", None):
+                console.print(f"rejected: {message}", highlight=False, markup=False, soft_wrap=True)
+
+        summary = run(
+            *(sources, store),
+            spacing=_spacing(spacing),
+            workers=workers,
+            overwrite=overwrite,
+            on_case=show,
+        )
+    _say(f"{summary.ok} volumes stored in {store}")
+    if summary.rejected:
+        _say(f"{summary.rejected} rejected, see {store / FAILURES}")
+        raise typer.Exit(3)
+
+
+@app.command()
+def pretrain(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="From sparsemae preprocess.")],
+    run: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Run folder.")],
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE|FILE.toml", help="Configuration; s3d-resenc-l if not given."),
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RUN.")] = False,
+) -> None:
+    """Pre-train a masked autoencoder on a store."""
+    from sparsemae.config import load_config
+    from sparsemae.pretrain import PretrainConfig
+    from sparsemae.pretrain import pretrain as train
+
+    overrides = overrides or []
+    if resume and config is not None:
+        raise UserError(f"--resume takes its configuration from {run}/config.toml: drop --config")
+    loaded = None if resume else load_config(PretrainConfig, config or "s3d-resenc-l", overrides)
+    checkpoint = train(store, run, loaded, overrides=overrides, resume=resume)
+    _say(f"done: {checkpoint}")
+
+
+@app.command()
+def reconstruct(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="From sparsemae pretrain.")],
+    volume: Annotated[Path, typer.Argument(metavar="VOLUME", help="A NIfTI file.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="OUT.png", help="Picture; OUT.nii.gz goes with it."),
+    ],
+    seed: Annotated[int, typer.Option(min=0, help="Of the random mask.")] = 0,
+) -> None:
+    """Mask a volume, reconstruct it, and draw original, masked and reconstruction."""
+    from sparsemae.reconstruct import reconstruct as run_reconstruct
+
+    result = run_reconstruct(run, volume, output, seed=seed)
+    for warning in result.warnings:
+        _say(f"warning: {warning}")
+    _say(f"mean squared error on masked voxels, z-scored: {result.error:.4f}")
+    _say(f"picture: {result.picture}\nvolume:  {result.volume}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions and devices, and check every backend against the reference."""
+    from sparsemae.doctor import examine
+
+    if not examine():
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="New folder for everything.")
+    ] = Path("sparsemae-demo"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier demo in it.")
+    ] = False,
+) -> None:
+    """Draw a few heads and run preprocess, pretrain and reconstruct on them."""
+    from sparsemae.demo import run_demo
+
+    run_demo(output, overwrite=overwrite)
+
+
+def main() -> None:
+    """Run the command; bad input is one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"sparsemae: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _say(text: str) -> None:
+    typer.echo(text)
+
+
+def _spacing(text: str) -> float | tuple[float, float, float] | None:
+    if text == "keep":
+        return None
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) == 3:
+        return numbers
+    raise UserError(f"--spacing {text}: give one number of mm, three as x,y,z, or keep")

@@ -1,0 +1,1 @@
+"""Volumes: reading, preprocessing, the store, and the loader of training patches."""

@@ -1,0 +1,141 @@
+"""Mask a whole volume, reconstruct it tile by tile, and draw the result."""
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy import ndarray
+
+from sparsemae.data.preprocess import Prepared, prepare
+from sparsemae.data.read import read_volume
+from sparsemae.errors import UserError
+from sparsemae.models.mae import SparseMAE
+from sparsemae.pretrain import load_run
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `reconstruct` wrote, and how good it is."""
+
+    picture: Path
+    volume: Path
+    error: float  # mean squared, z-scored intensities, masked voxels
+    warnings: list[str]
+
+
+def reconstruct(run: Path, volume: Path, output: Path, *, seed: int = 0) -> Result:
+    """Reconstruct `volume` with the newest checkpoint of `run`.
+
+    Writes a picture and, beside it, the reconstruction in the volume's own intensities on the
+    cropped and resampled RAS grid, as `OUT.png` and `OUT.nii.gz`; `output` names either.
+
+    Raises:
+        UserError: The run, the volume or the output name cannot be used.
+    """
+    stem = _stem(output)
+    loaded = load_run(run)
+    spacing = loaded.checkpoint.meta["spacing"]
+    prepared = prepare(read_volume(volume), None if spacing is None else tuple(spacing))
+    config = loaded.config
+    restored, masked = reconstruct_array(
+        *(loaded.mae, prepared.array, prepared.background, config.data.patch_size),
+        mask_ratio=config.mask.ratio,
+        seed=seed,
+    )
+    error = float(np.mean((restored - prepared.array)[masked] ** 2))
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    picture, nifti = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".nii.gz")
+    image = nibabel.Nifti1Image(restored * prepared.std + prepared.mean, prepared.affine)
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, nifti)
+    draw(prepared, masked, restored, picture)
+    return Result(picture, nifti, error, loaded.warnings)
+
+
+@torch.no_grad()
+def reconstruct_array(
+    mae: SparseMAE,
+    array: Float[ndarray, "D H W"],
+    background: float,
+    patch_size: Triple,
+    *,
+    mask_ratio: float,
+    seed: int,
+) -> tuple[Float[ndarray, "D H W"], Bool[ndarray, "D H W"]]:
+    """The array with its masked voxels replaced by their reconstruction, and which those are.
+
+    Patches cover the volume, the last along an axis shifted inwards; smaller volumes are padded
+    with `background`. A model that decodes a fraction of the masked cells decodes all of them here.
+    """
+    size = np.maximum(array.shape, patch_size)
+    before = (size - array.shape) // 2
+    inside = tuple(slice(b, b + n) for b, n in zip(before, array.shape, strict=True))
+    original = np.full(size, background, np.float32)
+    original[inside] = array
+    restored, masked = original.copy(), np.zeros(size, bool)
+    decode, mae.decode = mae.decode, "all" if mae.decode == "all" else "masked"
+    try:
+        for i, corner in enumerate(product(*map(_starts, size, patch_size))):
+            box = tuple(slice(c, c + p) for c, p in zip(corner, patch_size, strict=True))
+            generator = torch.Generator().manual_seed(seed + i)
+            masks = mae.draw_masks(1, patch_size, mask_ratio, generator=generator)
+            patch = torch.from_numpy(original[box])[None, None]
+            restored[box] = mae.reconstruct(patch, masks)[0, 0].numpy()
+            masked[box] = masks.scored.voxels(mae.block_size)[0, 0].numpy()
+    finally:
+        mae.decode = decode
+    return restored[inside], masked[inside]
+
+
+def draw(
+    prepared: Prepared,
+    masked: Bool[ndarray, "D H W"],
+    restored: Float[ndarray, "D H W"],
+    path: Path,
+) -> None:
+    """Original, masked and reconstruction in three planes through the middle."""
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    original = prepared.array
+    low, high = np.percentile(original, (0.5, 99.5))
+    hidden = np.where(masked, np.nan, original)
+    columns = {"original": original, "masked": hidden, "reconstruction": restored}
+    spacing = np.linalg.norm(prepared.affine[:3, :3], axis=0)
+    figure = Figure(figsize=(9, 9), facecolor="black", layout="constrained")
+    for row, (plane, axis) in enumerate((("axial", 2), ("coronal", 1), ("sagittal", 0))):
+        across, up = (a for a in range(3) if a != axis)
+        for column, (title, volume) in enumerate(columns.items()):
+            axes = figure.add_subplot(3, 3, 3 * row + column + 1)
+            axes.set_facecolor("#30343b")  # where a voxel is hidden
+            axes.imshow(
+                volume.take(volume.shape[axis] // 2, axis).T,
+                **{"cmap": "gray", "vmin": low, "vmax": high, "origin": "lower"},
+                aspect=spacing[up] / spacing[across],
+                interpolation="nearest",
+            )
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if row == 0:
+                axes.set_title(title, color="white")
+            if column == 0:
+                axes.set_ylabel(plane, color="white")
+    figure.savefig(path, dpi=110)
+
+
+def _stem(output: Path) -> Path:
+    for suffix in (".png", ".nii.gz"):
+        if output.name.endswith(suffix) and output.name != suffix:
+            return output.with_name(output.name.removesuffix(suffix))
+    raise UserError(f"-o {output}: the name must end in .png or .nii.gz")
+
+
+def _starts(size: int, patch: int) -> list[int]:
+    """Where patches begin so that they cover `size` voxels without reaching beyond."""
+    return [*range(0, size - patch, patch), size - patch]

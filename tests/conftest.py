@@ -1,0 +1,30 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def shared():
+    """The folder of real volumes beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real volumes: {folder} is missing")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """`new_empty` gives NaN, so that an operator that leaves a hole in its output is caught."""
+    empty = torch.Tensor.new_empty
+
+    def nan(self, *args, **kwargs):
+        out = empty(self, *args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", nan)
