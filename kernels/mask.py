@@ -35,7 +35,7 @@ class BlockMask:
             raise ValueError(
                 f"visible must be bool [batch, d, h, w], got {visible.dtype} {tuple(visible.shape)}"
             )
-        device, visible = visible.device, visible.cpu()
+        device, visible = visible.device, visible.cpu().clone()
         order = visible.flatten().cumsum(0, dtype=torch.int32).view_as(visible) - 1
         padded = F.pad(torch.where(visible, order, -1), (1, 1, 1, 1, 1, 1), value=-1)
         windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)

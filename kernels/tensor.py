@@ -22,6 +22,9 @@ class BlockTensor(Pointwise):
     features: Float[Tensor, "N bd bh bw C"]
     mask: BlockMask
 
+    def __repr__(self) -> str:
+        return f"BlockTensor({tuple(self.shape)}, {len(self.mask)} blocks of {self.block})"
+
     def __post_init__(self):
         if self.features.ndim != 5 or self.features.shape[0] != len(self.mask):
             raise ValueError(

@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparsemae.kernels.rows import linear, linear_weight_grad, own
 from sparsemae.kernels.tensor import BlockTensor
@@ -54,6 +55,7 @@ class _TapConv(torch.autograd.Function):
         return own(linear(columns, flat, bias).view(*features.shape[:4], len(weight)))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         features, weight = ctx.saved_tensors
         (co, ci), kernel = weight.shape[:2], weight.shape[2:]
@@ -83,32 +85,30 @@ class _HaloConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features, weight, bias, mask, stride, low, high):
+        features = features.contiguous()
         ctx.mask, ctx.args, ctx.has_bias = mask, (stride, low, high), bias is not None
         ctx.save_for_backward(features, weight)
         return _convolve(features, weight, bias, mask, stride, low, high)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         features, weight = ctx.saved_tensors
         stride, low, high = ctx.args
+        grad = grad.contiguous()
         dx = dw = db = None
-        need_bias = ctx.has_bias and ctx.needs_input_grad[2]
         if ctx.needs_input_grad[0] and stride == (1, 1, 1):
             mirrored = weight.flip(2, 3, 4).transpose(0, 1)
             dx = _convolve(grad, mirrored, None, ctx.mask, stride, low, high)
         elif ctx.needs_input_grad[0]:
             dx = _strided_input_grad(grad, features.shape, weight, ctx.mask, *ctx.args)
         if ctx.needs_input_grad[1]:
-            for first, last, haloed in _chunks(features, ctx.mask, low, high):
-                part, part_bias = _convolution_backward(
-                    grad[first:last], haloed, weight, stride, (False, True, need_bias)
-                )[1:]
-                dw = part if dw is None else dw.add_(part)
-                db = part_bias if db is None else db.add_(part_bias)
-        if dw is None and ctx.needs_input_grad[1]:  # no visible block
             dw = torch.zeros_like(weight)
-        if need_bias and db is None:
-            db = grad.sum((0, 1, 2, 3))
+            for first, last, haloed in _chunks(features, ctx.mask, low, high):
+                wanted = (False, True, False)
+                dw += _convolution_backward(grad[first:last], haloed, weight, stride, wanted)[1]
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            db = grad.reshape(-1, len(weight)).sum(0)
         return dx, dw, db, None, None, None, None
 
 

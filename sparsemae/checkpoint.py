@@ -8,6 +8,7 @@ one is written, the ones before it stay whole.
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from sparsemae.errors import UserError
 
 FORMAT = 1
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,10 @@ class Checkpoint:
         return self.meta["step"]
 
     def model(self) -> dict[str, Tensor]:
-        return safetensors.torch.load_file(self.path / "model.safetensors")
+        return safetensors.torch.load_file(self.path / MODEL)
 
     def optimizer(self) -> dict[str, Tensor]:
-        return safetensors.torch.load_file(self.path / "optimizer.safetensors")
+        return safetensors.torch.load_file(self.path / OPTIMIZER)
 
 
 def save_checkpoint(
@@ -49,7 +51,10 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write `folder/step-<step>`, then remove all but the newest `keep`.
+    """Write `folder/step-<step>`, then remove all but the newest `keep` up to this step.
+
+    Checkpoints of later steps go too: a run is continued from its newest whole one, so they are
+    damaged, or of a future that is being written anew.
 
     Raises:
         OSError: The disk is full or not writable; earlier checkpoints are untouched.
@@ -58,10 +63,7 @@ def save_checkpoint(
     partial = folder / f".tmp-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {
-        "model.safetensors": model_tensors(model),
-        "optimizer.safetensors": _optimizer_tensors(model, optimizer),
-    }
+    tensors = {MODEL: model_tensors(model), OPTIMIZER: _optimizer_tensors(model, optimizer)}
     listing = {}
     for name, content in tensors.items():
         data = safetensors.torch.save(content)
@@ -70,12 +72,14 @@ def save_checkpoint(
     full = {"format": FORMAT, "step": step, **meta, "files": listing}
     _write(partial / "meta.json", json.dumps(full, indent=1).encode())
     _sync(partial)
-    if final.exists():  # left by a run that went further than it is now resumed from
+    if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
     _sync(folder)
-    for old in _folders(folder)[:-keep]:
-        shutil.rmtree(old)
+    past = [path for path in _folders(folder) if path.name <= final.name]
+    for path in _folders(folder):
+        if path not in past[-keep:]:
+            shutil.rmtree(path)
     return final
 
 
@@ -92,8 +96,12 @@ def load_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
             return Checkpoint(path, json.loads((path / "meta.json").read_text())), warnings
         warnings.append(f"{path}: {problem}; using the checkpoint before it")
     if warnings:
-        raise UserError(f"no whole checkpoint in {folder} ({warnings[0].split(';')[0]})")
-    raise UserError(f"no checkpoint in {folder}: the run stopped before its first one")
+        found = "; ".join(warning.rpartition(";")[0] for warning in warnings)
+        raise UserError(f"no whole checkpoint ({found}): put back a copy, or start a new run")
+    raise UserError(
+        f"no checkpoint in {folder}: the run stopped before its first; "
+        f"remove its folder and start it anew"
+    )
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -145,7 +153,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    """Of checkpoints, oldest first; a copy under a name of somebody's own is not one."""
+    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))
 
 
 def _problem(path: Path) -> str | None:
@@ -154,6 +163,8 @@ def _problem(path: Path) -> str | None:
         meta = json.loads((path / "meta.json").read_text())
         if meta["format"] > FORMAT:
             return f"format {meta['format']} is newer than this version of sparsemae reads"
+        if path.name != f"step-{meta['step']:08d}" or meta["files"].keys() != {MODEL, OPTIMIZER}:
+            return "meta.json is damaged"
         for name, expected in meta["files"].items():
             digest = hashlib.sha256()
             with (path / name).open("rb") as file:
@@ -161,8 +172,10 @@ def _problem(path: Path) -> str | None:
                     digest.update(chunk)
             if digest.hexdigest() != expected["sha256"]:
                 return f"{name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"incomplete ({error})"
+    except OSError as error:
+        return f"incomplete ({error.strerror}: {Path(error.filename).name})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "meta.json is damaged"
     return None
 
 

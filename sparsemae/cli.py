@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemae.errors import UserError
+from sparsemae.errors import DivergedError, UserError
 
 app = typer.Typer(
     help="Pre-train 3D CNNs on medical volumes by masked autoencoding that skips masked voxels.",
@@ -137,6 +137,8 @@ def main() -> None:
         app()
     except UserError as error:
         _fail(str(error), 2)
+    except DivergedError as error:
+        _fail(str(error), 1)
     except OSError as error:
         _fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1)
 

@@ -20,13 +20,15 @@ from sparsemae.errors import UserError
 class Strict(BaseModel):
     """A section: no unknown keys, no silent conversions, no changes after it is built."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 def _three(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,) * 3
-    return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise ValueError("give one whole number of voxels, or a list of three")
+    return tuple(value)
 
 
 Size = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_three)]
@@ -61,8 +63,7 @@ def build_config(kind: type[C], raw: dict[str, Any]) -> C:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        complaints = dict.fromkeys(_complaint(kind, e) for e in error.errors())
-        raise UserError("; ".join(complaints)) from None
+        raise UserError("; ".join(_complaints(kind, error.errors()))) from None
 
 
 def dump_config(config: Strict, path: Path) -> None:
@@ -78,18 +79,18 @@ def recipes() -> list[str]:
 
 def _read(source: str | Path) -> dict[str, Any]:
     if str(source) in recipes():
-        text = (files("sparsemae") / "recipes" / f"{source}.toml").read_text()
+        data = (files("sparsemae") / "recipes" / f"{source}.toml").read_bytes()
     elif Path(source).is_file():
-        text = Path(source).read_text()
+        data = Path(source).read_bytes()
     else:
         raise UserError(
             f"--config {source}: no such file, and no recipe of that name "
             f"(recipes: {', '.join(recipes())})"
         )
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{source}: not valid TOML: {error}") from None
+        return tomllib.loads(data.decode())
+    except ValueError as error:  # of TOML or UTF-8
+        raise UserError(f"--config {source}: not valid TOML: {error}") from None
 
 
 def _value(text: str) -> Any:
@@ -100,33 +101,52 @@ def _value(text: str) -> Any:
         return text
 
 
-def _complaint(kind: type[Strict], error: dict[str, Any]) -> str:
-    path = [str(part) for part in error["loc"]]
-    known = _keys(kind)
-    key = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, 1, 0.6) or [
-            name for name in known if name.split(".")[-1] == path[-1]
-        ]
-        if near:
-            return f"unknown config key {key}: did you mean {near[0]}?"
-        inside = ".".join(path[:-1])
-        siblings = [k for k in known if k.rpartition(".")[0] == inside]
-        return f"unknown config key {key}: choose from {', '.join(siblings or known)}"
-    while key not in known and path:  # a union member or tuple index, not a key
-        path.pop()
-        key = ".".join(path)
-    if error["type"] == "missing":
-        return f"config key {'.'.join(str(p) for p in error['loc'])}: missing"
-    return f"config key {key}: {error['msg'].lower()}, got {error['input']!r}"
+def _complaints(kind: type[Strict], errors: Sequence[dict[str, Any]]) -> list[str]:
+    """One per key and wrong value: a union of types complains once per member."""
+    sections, leaves = _keys(kind)
+    out: dict[tuple[str, str], list[str]] = {}
+    for error in errors:
+        path = [str(part) for part in error["loc"]]
+        place, value = f"config key {'.'.join(path)}", ""
+        match error["type"]:
+            case "extra_forbidden":
+                place, message = f"unknown {place}", _remedy(path, error["input"], sections, leaves)
+            case "missing":
+                message = "missing, and it has no default"
+            case _:
+                while ".".join(path) not in {*sections, *leaves} and path:
+                    path.pop()  # a union member or tuple index, not a key
+                place, value = f"config key {'.'.join(path)}", f", got {error['input']!r}"
+                message = error["msg"].removeprefix("Value error, ").replace("Input s", "s")
+                if error["type"] == "model_type":
+                    message = "a section of keys, not a value"
+        messages = out.setdefault((place, value), [])
+        if message not in messages:
+            messages.append(message)
+    return [f"{place}: {' or '.join(found)}{value}" for (place, value), found in out.items()]
 
 
-def _keys(kind: type[Strict], prefix: str = "") -> list[str]:
-    """All dotted keys of a section and its sub-sections."""
-    out = []
+def _remedy(path: list[str], value: Any, sections: list[str], leaves: list[str]) -> str:
+    """What an unknown key was probably meant to be."""
+    known = sections if isinstance(value, dict) else leaves
+    names = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == ".".join(path[:-1])}
+    elsewhere = [k for k in known if k.rpartition(".")[2] == path[-1]]  # right key, wrong section
+    typo = [names[n] for n in difflib.get_close_matches(path[-1], names, 1)]
+    flat = difflib.get_close_matches(path[0], known, 1) if len(path) == 1 else []  # mask_ratio
+    if near := elsewhere or typo or flat:
+        return f"did you mean {near[0]}?"
+    return f"choose from {', '.join(names.values() or known)}"
+
+
+def _keys(kind: type[Strict], prefix: str = "") -> tuple[list[str], list[str]]:
+    """The dotted names of all sections below a section, and of all its values."""
+    sections, leaves = [], []
     for name, info in kind.model_fields.items():
         section = info.annotation
         if isinstance(section, type) and issubclass(section, Strict):
-            out += _keys(section, f"{prefix}{name}.")
-        out.append(f"{prefix}{name}")
-    return out
+            below = _keys(section, f"{prefix}{name}.")
+            sections += [f"{prefix}{name}", *below[0]]
+            leaves += below[1]
+        else:
+            leaves.append(f"{prefix}{name}")
+    return sections, leaves

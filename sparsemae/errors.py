@@ -1,4 +1,4 @@
-"""The one exception that means "your input, not our bug"."""
+"""Exceptions that a person reads: "your input, not our bug", and a run that diverged."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with 2.
     """
+
+
+class DivergedError(RuntimeError):
+    """The loss or its gradient is not finite; the last checkpoint is untouched."""

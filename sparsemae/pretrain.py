@@ -157,6 +157,11 @@ def pretrain(
     checkpoints = run / "checkpoints"
     if resume:
         state.step = _restore(state, checkpoints, data, console)
+        if state.step > config.train.steps:
+            raise UserError(
+                f"train.steps {config.train.steps}: {run} has done {state.step} steps already; "
+                f"give as many or more"
+            )
     else:
         run.mkdir(parents=True, exist_ok=True)
         resolved = config.mask.model_copy(update={"block_size": mae.block_size})
@@ -244,7 +249,7 @@ def _resumed_config(run: Path, overrides: Sequence[str]) -> PretrainConfig:
 def _restore(state: State, checkpoints: Path, data: Store, console: Console) -> int:
     checkpoint, warnings = load_checkpoint(checkpoints)
     for warning in warnings:
-        console.print(f"warning: {warning}", highlight=False, markup=False)
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     if checkpoint.meta["data"] != data.fingerprint:
         raise UserError(
             f"{data.path} is not the data this run was started on "

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import AbstractContextManager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -56,14 +57,9 @@ class TrainingProgress(AbstractContextManager):
             return
         self.last_line = now
         rate = (now - self.started) / (record.step - self.first)
-        left = time.strftime("%H:%M:%S", time.gmtime(rate * (self.steps - record.step)))
-        self.console.print(
-            f"step {record.step}/{self.steps}  {numbers}  left {left}", highlight=False
-        )
-
-    def note(self, text: str) -> None:
-        """A line above the live one."""
-        self.console.print(text, highlight=False, markup=False)
+        left = timedelta(seconds=round(rate * (self.steps - record.step)))
+        line = f"step {record.step}/{self.steps}  {numbers}  left {left}"
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def _smooth(old: float | None, new: float) -> float:

@@ -38,7 +38,7 @@ def reconstruct(run: Path, volume: Path, output: Path, *, seed: int = 0) -> Resu
     Raises:
         UserError: The run, the volume or the output name cannot be used.
     """
-    stem = _stem(output)
+    picture, nifti = _outputs(output, volume)
     loaded = load_run(run)
     spacing = loaded.checkpoint.meta["spacing"]
     prepared = prepare(read_volume(volume), None if spacing is None else tuple(spacing))
@@ -51,7 +51,6 @@ def reconstruct(run: Path, volume: Path, output: Path, *, seed: int = 0) -> Resu
     error = float(np.mean((restored - prepared.array)[masked] ** 2))
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    picture, nifti = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".nii.gz")
     image = nibabel.Nifti1Image(restored * prepared.std + prepared.mean, prepared.affine)
     image.header.set_xyzt_units("mm")
     nibabel.save(image, nifti)
@@ -129,11 +128,21 @@ def draw(
     figure.savefig(path, dpi=110)
 
 
-def _stem(output: Path) -> Path:
-    for suffix in (".png", ".nii.gz"):
-        if output.name.endswith(suffix) and output.name != suffix:
-            return output.with_name(output.name.removesuffix(suffix))
-    raise UserError(f"-o {output}: the name must end in .png or .nii.gz")
+def _outputs(output: Path, volume: Path) -> tuple[Path, Path]:
+    """The picture and the volume that `output` names, where both can be written."""
+    stem = output.name.removesuffix(".png").removesuffix(".nii.gz")
+    if output.name not in (f"{stem}.png", f"{stem}.nii.gz") or not stem:
+        raise UserError(f"-o {output}: the name must end in .png or .nii.gz")
+    paths = output.with_name(f"{stem}.png"), output.with_name(f"{stem}.nii.gz")
+    above = next(p for p in output.absolute().parents if p.exists())
+    if not above.is_dir():
+        raise UserError(f"-o {output}: {above} is a file; choose another -o")
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"-o {output}: {path} is a folder; choose another -o")
+        if path.exists() and volume.exists() and path.samefile(volume):
+            raise UserError(f"-o {output} would replace the volume itself; choose another -o")
+    return paths
 
 
 def _starts(size: int, patch: int) -> list[int]:

@@ -15,6 +15,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from sparsemae.config import Strict
+from sparsemae.errors import DivergedError, UserError
 
 Batch = dict[str, Any]
 
@@ -30,14 +31,8 @@ class TrainConfig(Strict):
     clip_norm: PositiveFloat = 12.0  # of the whole gradient
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, weights stay fp32
     save_every: PositiveInt = 1000  # steps between checkpoints
-    keep: int = Field(
-        2, ge=2
-    )  # checkpoints kept; one alone could be lost while the next is written
+    keep: int = Field(2, ge=2)  # checkpoints kept; one alone may turn out damaged
     device: str = "auto"  # auto: cuda if there is one
-
-
-class DivergedError(RuntimeError):
-    """The loss or its gradient is not finite; the last checkpoint is untouched."""
 
 
 @dataclass
@@ -131,10 +126,16 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        UserError: No such device here.
+    """
+    count = torch.cuda.device_count()
+    here = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in ("auto", *here):
+        raise UserError(f"train.device {name}: not on this machine, choose auto, {', '.join(here)}")
+    return torch.device(("cuda" if count else "cpu") if name == "auto" else name)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -28,3 +28,12 @@ def poisoned(monkeypatch):
         return out.fill_(float("nan")) if out.is_floating_point() else out
 
     monkeypatch.setattr(torch.Tensor, "new_empty", nan)
+
+
+@pytest.fixture
+def one_thread():
+    """Networks of a few channels are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -165,12 +165,15 @@ def masked_mse(
 
     Zero, with zero gradients, if every scored voxel is excluded.
     """
-    predicted = on_cells(reconstruction, scored).features.float()
-    error = (predicted - BlockTensor.pack(target, scored).features.float()).square()
+    predicted = on_cells(reconstruction, scored).features
+    exact = torch.promote_types(predicted.dtype, torch.float32)
+    difference = predicted.to(exact) - BlockTensor.pack(target, scored).features.to(exact)
     if excluded is None:
-        return error.mean()
-    weight = (~BlockTensor.pack(excluded, scored).features).float()
-    return (error * weight).sum() / (weight.sum() * error.shape[-1]).clamp(min=1)
+        return difference.square().mean()
+    left_out = BlockTensor.pack(excluded, scored).features
+    # filled, not multiplied: what is excluded may be NaN
+    total = difference.masked_fill(left_out, 0).square().sum()
+    return total / ((~left_out).sum() * difference.shape[-1]).clamp(min=1)
 
 
 def on_cells(x: Tensor | BlockTensor, cells: BlockMask) -> BlockTensor:

@@ -28,6 +28,10 @@ def stage_blocks(block_size: Triple, stage_strides) -> list[Triple | None]:
     Raises:
         UserError: A stage would cut a voxel in two.
     """
+    if len(block_size) != 3 or any(type(n) is not int or n < 1 for n in block_size):
+        raise UserError(
+            f"mask.block_size {block_size}: needs one positive number of voxels, or three"
+        )
     blocks = []
     for level, stride in enumerate(stage_strides):
         axes = list(zip(block_size, stride, strict=True))
@@ -58,12 +62,16 @@ def check_grid(patch_size: Triple, block_size: Triple, mask_ratio: float) -> Tri
         )
     grid = tuple(p // c for p, c in axes)
     total = grid[0] * grid[1] * grid[2]
-    masked = round(total * mask_ratio)
-    if not 0 < mask_ratio < 1 or not 0 < masked < total:
+    if total == 1:
         raise UserError(
-            f"mask.ratio {mask_ratio} hides {masked} of {total} cells of a patch: at least one "
-            f"must be visible and one masked, so choose one between {0.5 / total:.3g} and "
-            f"{1 - 0.5 / total:.3g}, or a larger patch"
+            f"data.patch_size {tuple(patch_size)} is a single mask cell: at least one must be "
+            f"visible and one masked, so use a larger patch or a smaller mask.block_size"
+        )
+    if not 0 < mask_ratio < 1 or not 0 < round(total * mask_ratio) < total:
+        least = -(-1000 // total) / 1000  # one cell, in thousandths, upwards
+        raise UserError(
+            f"mask.ratio {mask_ratio} leaves no visible or no masked cell of the {total} in a "
+            f"patch: choose one from {least} to {1 - least:.3g}, or a larger patch"
         )
     return grid
 

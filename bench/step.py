@@ -1,0 +1,207 @@
+"""A sparse encoder and a whole training step against simulated sparsity.
+
+The baseline, `reference`, is what published CNN-MAE code does: the same network computed densely
+and multiplied by the mask, in the better of the two memory formats. Every variant is checked
+against it before it is timed. One step is forward, loss, backward, clipping and SGD.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsemae.errors import UserError
+from sparsemae.kernels import GELU, BlockTensor, LeakyReLU
+from sparsemae.models.blocks import ResidualBlock
+from sparsemae.models.mae import SparseMAE, masked_mse
+from sparsemae.models.resenc import ResEncUNet
+
+TOLERANCE = 1e-4  # relative, of outputs and gradients, fp32
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: ResEnc of a preset on one random batch."""
+
+    device: str
+    patch: int
+    block: int
+    mask_ratio: float
+    batch: int
+    preset: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a case. `baseline` variants compete for being the reference."""
+
+    case: str
+    backend: str
+    decode: str | float = "all"
+    channels_last: bool = False
+    sparse: bool = True
+    baseline: bool = False
+    floor: float | None = None  # how much faster than the baseline it must be
+
+    @property
+    def name(self) -> str:
+        layout = " channels-last" if self.channels_last else ""
+        dense = "" if self.sparse else " (no mask)"
+        return f"{self.case} {self.backend}{dense}{layout}"
+
+
+THIRD = 1 / 3
+
+VARIANTS = (
+    Variant("encoder", "reference", baseline=True),
+    Variant("encoder", "reference", channels_last=True, baseline=True),
+    Variant("encoder", "torch", floor=3.0),
+    Variant("encoder", "dense", sparse=False),
+    Variant("step-all", "reference", baseline=True),
+    Variant("step-all", "reference", channels_last=True, baseline=True),
+    Variant("step-all", "torch", floor=1.6),
+    Variant("step-masked", "torch", "masked", floor=2.0),
+    Variant("step-third", "torch", THIRD, floor=2.5),
+    Variant("step-all", "dense", sparse=False),
+)
+
+
+def build(variant: Variant, setting: Setting) -> "Runner":
+    """The model, its input and its masks, the same for every variant of a setting."""
+    torch.set_num_threads(setting.threads)
+    torch.manual_seed(0)
+    mae = SparseMAE(
+        ResEncUNet.from_preset(setting.preset),
+        setting.block,
+        decode=variant.decode,
+        sparse=variant.sparse,
+        backend="auto" if variant.backend == "dense" else variant.backend,
+    )
+    for module in mae.modules():  # at zero, residual branches would be free to check
+        if isinstance(module, ResidualBlock):
+            nn.init.uniform_(module.conv2.norm.weight, 0.5, 1.5)
+    return Runner(mae, variant, setting)
+
+
+class Runner:
+    """Calls run one encoder pass or one training step."""
+
+    def __init__(self, mae: SparseMAE, variant: Variant, setting: Setting):
+        device = torch.device(setting.device)
+        if variant.channels_last:
+            mae = mae.to(memory_format=torch.channels_last_3d)
+        self.mae, self.variant = mae.to(device), variant
+        generator = torch.Generator().manual_seed(0)
+        size = (setting.patch,) * 3
+        self.x = torch.randn(setting.batch, 1, *size, generator=generator).to(device)
+        masks = mae.draw_masks(setting.batch, size, setting.mask_ratio, generator=generator)
+        self.masks = masks.to(device)
+        self.optimizer = torch.optim.SGD(mae.parameters(), 1e-9, 0.99, nesterov=True)
+        self.upstream: list[Tensor] = []
+
+    def __call__(self) -> None:
+        if self.variant.case == "encoder":
+            self.encode()
+            return
+        loss = masked_mse(self.mae(self.x, self.masks), self.x, self.masks.scored)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.mae.parameters(), 12.0)
+        self.optimizer.step()
+
+    def encode(self) -> list[Tensor]:
+        """Forward and backward of the encoder alone, from fixed random upstream gradients."""
+        skips = self.mae.network.encoder(self.mae.masked_input(self.x, self.masks.visible))
+        values = [s if isinstance(s, Tensor) else s.values for s in skips]
+        if not self.upstream:
+            self.upstream = [self._upstream(s, v) for s, v in zip(skips, values, strict=True)]
+        self.optimizer.zero_grad()
+        torch.autograd.backward(values, self.upstream)
+        return [(s if isinstance(s, Tensor) else s.unpack()).detach() for s in skips]
+
+    def _upstream(self, skip, value: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(skip.shape[1])
+        dense = torch.randn(skip.shape, generator=generator).to(value.device)
+        if isinstance(skip, Tensor):
+            return dense
+        if isinstance(skip, BlockTensor):
+            return BlockTensor.pack(dense, skip.mask).features
+        return type(skip).pack(dense, skip.mask).dense
+
+    def gradients(self) -> dict[str, Tensor]:
+        named = self.mae.named_parameters()
+        return {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+def check(variants: tuple[Variant, ...], setting: Setting) -> None:
+    """Compare every sparse encoder, and the loss of every full decode, with the reference.
+
+    With GELU for LeakyReLU: at its kink, rounding decides which slope a voxel's gradient gets, and
+    the reference differs from itself in another memory format by 6e-3 (ResEnc-L, 96^3).
+
+    Raises:
+        RuntimeError: One differs: it is not timed.
+    """
+    truth = _results(Variant("encoder", "reference"), setting)
+    for variant in variants:
+        if variant.sparse and variant.case == "encoder" and not variant.baseline:
+            error = _difference(_results(variant, setting), truth)
+            if error > TOLERANCE:
+                raise RuntimeError(f"{variant.name} differs from the reference by {error:.1e}")
+    losses = {}
+    for variant in variants:
+        if variant.sparse and variant.case == "step-all":
+            runner = build(variant, setting)
+            with torch.no_grad():
+                output = runner.mae(runner.x, runner.masks)
+                losses[variant.name] = masked_mse(output, runner.x, runner.masks.scored).item()
+    if max(losses.values()) - min(losses.values()) > TOLERANCE * max(losses.values()):
+        raise RuntimeError(f"the losses of one network differ: {losses}")
+
+
+def _results(variant: Variant, setting: Setting) -> dict[str, Tensor]:
+    runner = build(variant, setting)
+    _smooth(runner.mae)
+    skips = {f"skips.{i}": s for i, s in enumerate(runner.encode())}
+    return skips | runner.gradients()
+
+
+def _smooth(model: nn.Module) -> None:
+    for name, child in model.named_children():
+        if isinstance(child, LeakyReLU):
+            setattr(model, name, GELU())
+        else:
+            _smooth(child)
+
+
+def _difference(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """Largest relative difference. A bias before a norm has no gradient but rounding errors, so
+    biases are measured against the gradient of the weight beside them."""
+    worst = 0.0
+    for name, value in truth.items():
+        beside = truth.get(name.replace(".bias", ".weight"), value)
+        scale = max(value.norm().item(), beside.norm().item())
+        worst = max(worst, (found[name] - value).norm().item() / scale)
+    return worst
+
+
+def parse_setting(
+    device: str, patch: int, block: int, mask_ratio: float, batch: int, preset: str, threads: int
+) -> Setting:
+    """A setting, checked by building its masks.
+
+    Raises:
+        UserError: No such device, or sizes that do not fit together.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    setting = Setting(device, patch, block, mask_ratio, batch, preset, threads)
+    with torch.device("meta"):
+        network = ResEncUNet.from_preset(preset)
+        mae = SparseMAE(network, block, decode="masked")
+    if any(patch % s for s in network.total_stride):
+        raise UserError(f"--patch {patch}: use a multiple of {network.total_stride[0]}")
+    with torch.device("cpu"):
+        mae.draw_masks(batch, (patch,) * 3, mask_ratio)
+    return setting

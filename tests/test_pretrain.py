@@ -1,0 +1,298 @@
+"""Runs: the folder they leave, and that a resumed one ends bit-equal to one never interrupted."""
+
+import io
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from sparsemae import pretrain as module
+from sparsemae.config import load_config
+from sparsemae.data.phantom import write_heads
+from sparsemae.data.preprocess import preprocess
+from sparsemae.errors import DivergedError, UserError
+from sparsemae.pretrain import PretrainConfig, load_run, pretrain
+from sparsemae.progress import TrainingProgress
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = ("data.patch_size=16", "data.workers=0", "train.steps=6", "train.save_every=2")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("heads")
+    write_heads(folder / "volumes", 3, size=24)
+    return preprocess([folder / "volumes"], folder / "store", spacing=None).store.path
+
+
+def config(*overrides):
+    return load_config(PretrainConfig, "tiny", [*SMALL, *overrides])
+
+
+def start(store, run, *overrides, **options):
+    console = Console(file=io.StringIO(), width=60)
+    pretrain(store, run, config(*overrides), console=console, **options)
+    return console.file.getvalue()
+
+
+def resume(store, run, *overrides):
+    console = Console(file=io.StringIO(), width=60)
+    pretrain(store, run, None, overrides=overrides, resume=True, console=console)
+    return console.file.getvalue()
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return [(r["step"], r["loss"], r["lr"], r["grad_norm"]) for r in metrics(run)]
+
+
+def last(run):
+    """Name and tensors of the newest checkpoint."""
+    folder = max((run / "checkpoints").iterdir())
+    return folder.name, {
+        f"{kind}/{name}": tensor
+        for kind in ("model", "optimizer")
+        for name, tensor in load_file(folder / f"{kind}.safetensors").items()
+    }
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(monkeypatch, step, go, *arguments):
+    """`go(*arguments)`, a run that dies in this step, after its line of metrics is written."""
+    update = TrainingProgress.update
+
+    def die(self, record):
+        update(self, record)
+        if record.step == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingProgress, "update", die)
+        with pytest.raises(Killed):
+            go(*arguments)
+
+
+def assert_same_run(one, other):
+    assert losses(one) == losses(other)
+    (name, expected), (found_name, found) = last(one), last(other)
+    assert name == found_name
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.optimizer=sgd", "train.lr=1e-3", "decode=0.5", "densify=false"],
+        ["sparse=false", "decode=masked", "mask.block_size=16", "data.patch_size=32"],
+    ],
+    ids=["adamw, all", "sgd, fraction", "dense mae"],
+)
+def test_a_resumed_run_ends_bit_equal(tmp_path, monkeypatch, store, overrides):
+    start(store, tmp_path / "whole", *overrides)
+    killed_at(monkeypatch, 5, start, store, tmp_path / "parts", *overrides)
+    resume(store, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert [r["step"] for r in metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_twice_resumed_with_workers_and_other_random_numbers(tmp_path, monkeypatch, store):
+    start(store, tmp_path / "whole")
+    torch.manual_seed(123)  # the global generator is no part of a run
+    changes = "data.workers=1", "train.save_every=3"
+    killed_at(monkeypatch, 3, start, store, tmp_path / "parts")
+    killed_at(monkeypatch, 5, resume, store, tmp_path / "parts", *changes)
+    resume(store, tmp_path / "parts", *changes)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_seed_and_data_decide_a_run_and_the_global_generator_is_left_alone(tmp_path, store):
+    torch.manual_seed(1)
+    start(store, tmp_path / "a")
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(3))
+    start(store, tmp_path / "b")
+    start(store, tmp_path / "c", "seed=1")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, monkeypatch, store):
+    run = tmp_path / "run"
+    killed_at(monkeypatch, 5, start, store, run)
+    assert [r["step"] for r in metrics(run)] == [1, 2, 3, 4, 5]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # cut off in mid-line
+    before = (run / "metrics.jsonl").read_text().splitlines()[:4]
+    killed_at(monkeypatch, 5, resume, store, run)  # in the first step after the checkpoint
+    assert [r["step"] for r in metrics(run)] == [1, 2, 3, 4, 5]
+    assert (run / "metrics.jsonl").read_text().splitlines()[:4] == before
+
+
+def test_a_damaged_newest_checkpoint_costs_two_steps_and_one_line(tmp_path, monkeypatch, store):
+    start(store, tmp_path / "whole")
+    run = tmp_path / "parts"
+    killed_at(monkeypatch, 5, start, store, run)
+    file = run / "checkpoints" / "step-00000004" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    output = resume(store, run)
+    warnings = [line for line in output.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert warnings[0].endswith("model.safetensors is damaged; using the checkpoint before it")
+    assert_same_run(tmp_path / "whole", run)
+
+
+def test_a_finished_run_resumes_to_nothing_or_to_more_steps(tmp_path, store):
+    run = tmp_path / "run"
+    start(store, run)
+    finished = last(run)[0]
+    resume(store, run)
+    assert last(run)[0] == finished
+    assert len(metrics(run)) == 6
+    resume(store, run, "train.steps=8")
+    assert last(run)[0] == "step-00000008"
+    assert load_run(run).config.train.steps == 8
+    before = (run / "config.toml").read_text()
+    with pytest.raises(UserError, match=r"train\.steps 7: .* has done 8 steps already"):
+        resume(store, run, "train.steps=7")
+    assert (run / "config.toml").read_text() == before
+
+
+def test_a_run_folder_is_complete_and_loads(tmp_path, store):
+    start(store, tmp_path / "run", "mask.ratio=0.5")
+    loaded = load_run(tmp_path / "run")
+    assert loaded.config == config("mask.ratio=0.5")
+    assert loaded.warnings == []
+    assert not loaded.mae.training
+    assert loaded.checkpoint.step == 6
+    _, tensors = last(tmp_path / "run")
+    for name, p in loaded.mae.named_parameters():
+        assert torch.equal(p, tensors[f"model/{name}"])
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.toml",
+        "metrics.jsonl",
+        "checkpoints",
+    }
+
+
+def test_the_resolved_cell_is_written_down(tmp_path, store):
+    overrides = [o for o in SMALL if "patch" not in o]
+    raw = load_config(PretrainConfig, "tiny", [*overrides, "data.patch_size=32"])
+    raw = raw.model_copy(update={"mask": raw.mask.model_copy(update={"block_size": None})})
+    pretrain(store, tmp_path / "run", raw, console=Console(file=io.StringIO()))
+    assert load_run(tmp_path / "run").config.mask.block_size == (8, 8, 8)  # the total stride
+
+
+def test_what_defines_a_run_cannot_change_when_it_is_resumed(tmp_path, store):
+    run = tmp_path / "run"
+    start(store, run)
+    for item in ("train.lr=1", "seed=3", "mask.ratio=0.5", "data.batch_size=1", "decode=masked"):
+        key = item.partition("=")[0]
+        with pytest.raises(
+            UserError, match=re.escape(f"--set {item}: a resumed run keeps its {key}")
+        ):
+            resume(store, run, item)
+    other = tmp_path / "other"
+    write_heads(tmp_path / "volumes", 2, seed=50, size=24)
+    preprocess([tmp_path / "volumes"], other, spacing=None)
+    with pytest.raises(UserError, match="is not the data this run was started on") as error:
+        resume(other, run)
+    assert str(store) in str(error.value)
+    shutil.copytree(store, tmp_path / "moved")
+    resume(tmp_path / "moved", run)  # the same data somewhere else
+
+
+def test_excluded_voxels_are_not_scored(tmp_path, monkeypatch, store):
+    make_loader = module.make_loader
+
+    def all_excluded(*arguments, **options):
+        for batch in make_loader(*arguments, **options):
+            yield batch | {"excluded": torch.ones_like(batch["excluded"])}
+
+    monkeypatch.setattr(module, "make_loader", all_excluded)
+    start(store, tmp_path / "run")
+    assert {record["loss"] for record in metrics(tmp_path / "run")} == {0.0}
+
+
+def test_a_diverged_run_keeps_its_last_checkpoint(tmp_path, store):
+    run = tmp_path / "run"
+    with pytest.raises(DivergedError, match=r"^step \d: "):
+        start(store, run, "train.optimizer=sgd", "train.lr=1e30", "train.save_every=1")
+    done = metrics(run)
+    assert load_run(run).checkpoint.step == len(done) < 6
+    assert all(p.isfinite().all() for p in load_run(run).mae.parameters())
+
+
+@pytest.mark.parametrize("content", ["file", "folder", "run"])
+def test_an_existing_run_folder_is_refused_and_left_as_it_is(tmp_path, store, content):
+    run = tmp_path / "run"
+    if content == "file":
+        run.write_text("mine")
+    elif content == "folder":
+        run.mkdir()
+        (run / "mine.txt").write_text("mine")
+    else:
+        start(store, run)
+    before = sorted((p, p.stat().st_mtime_ns) for p in [run, *run.rglob("*")])
+    with pytest.raises(UserError, match="exists already: choose another -o, or --resume"):
+        start(store, run)
+    assert sorted((p, p.stat().st_mtime_ns) for p in [run, *run.rglob("*")]) == before
+
+
+def test_an_empty_run_folder_is_used(tmp_path, store):
+    start(store, tmp_path)
+    assert load_run(tmp_path).checkpoint.step == 6
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_says_what_to_do(
+    tmp_path, monkeypatch, store
+):
+    killed_at(monkeypatch, 1, start, store, tmp_path / "run")
+    with pytest.raises(UserError, match="stopped before its first; remove its folder"):
+        resume(store, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["data.patch_size=20"],
+            "data.patch_size (20, 20, 20) does not divide by the network's total",
+        ),
+        (["data.patch_size=8"], "data.patch_size (8, 8, 8) leaves one voxel at the bottleneck"),
+        (["mask.block_size=16"], "data.patch_size (16, 16, 16) is a single mask cell"),
+        (["mask.block_size=12"], "mask.block_size (12, 12, 12) does not fit stage 3"),
+        (["mask.ratio=0.01"], "mask.ratio 0.01 leaves no visible or no masked cell"),
+        (["mask.block_size=2", "decode=masked"], "decode 'masked' restricts 2 levels"),
+        (["train.device=tpu"], "train.device tpu: not on this machine"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, store, overrides, words):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=f"^{re.escape(words)}"):
+        start(store, run, *overrides)
+    assert not run.exists()
+
+
+def test_progress_without_a_terminal_is_one_whole_line_at_a_time(tmp_path, store):
+    lines = start(store, tmp_path / "run").splitlines()
+    pattern = (
+        r"step \d/6  loss \d+\.\d{4}  \d+\.\d\d samples/s  waiting for data +\d+%  left 0:00:\d\d"
+    )
+    assert lines
+    assert all(re.fullmatch(pattern, line) for line in lines)
+    assert lines[-1].startswith("step 6/6")
