@@ -14,24 +14,27 @@ from sparsemae.reconstruct import reconstruct
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # a minute on two free cores
+@pytest.mark.usefixtures("one_thread")  # half a minute, also beside another job; two stall there
 def test_sixty_steps_of_tiny_learn_from_five_real_volumes(shared, tmp_path):
     store, run = tmp_path / "store", tmp_path / "run"
     images = shared / "images"
     summary = preprocess([images], store, spacing=2.0)
     assert (summary.ok, summary.rejected) == (5, 0)
-    pretrain(store, run, load_config(PretrainConfig, "tiny", ["train.steps=60"]))
+    pretrain(
+        store, run, load_config(PretrainConfig, "tiny", ["train.steps=60", "data.patch_size=48"])
+    )
     lines = (run / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
-    assert np.mean(losses[-10:]) < 0.75 * np.mean(losses[:10])  # 0.50, 0.52 with seed 1
+    # seeds 0, 1, 2 reach 0.61, 0.57, 0.59 of it; whole patches of 64 voxels 0.50, 0.52
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
     result = reconstruct(run, images / "spm152_t1.nii.gz", tmp_path / "brain.png")
-    assert result.error < 1.2  # 0.61, 0.50 with seed 1; the mean grey value everywhere gives 2.1
+    assert result.error < 1.6  # 1.08, 1.04, 0.89; the mean grey value everywhere gives 2.1
     assert imread(result.picture).shape == (990, 990, 4)
     restored = nibabel.load(result.volume)
     source = nibabel.load(images / "spm152_t1.nii.gz")
     np.testing.assert_allclose(np.linalg.norm(restored.affine[:3, :3], axis=0), 2, rtol=1e-3)
-    assert correlation_in_place(restored, source) > 0.7  # 0.9 with a quarter of it given
+    assert correlation_in_place(restored, source) > 0.7  # 0.82, 0.84, 0.85
 
 
 def correlation_in_place(image, other):
