@@ -23,7 +23,7 @@ from sparsemae.kernels.torch_tables import halo_fold, halo_gather, tap_gather
 TAPS_FROM = 6.0
 # Haloed bytes convolved at once on CPU: they stay in cache, and below malloc's mmap threshold
 # of 32 MiB, above which every allocation is paged in afresh.
-CHUNK_BYTES = 12 * 2**20
+CHUNK_BYTES = 16 * 2**20
 
 
 def conv3d(x: BlockTensor, weight: Tensor, bias: Tensor | None, stride) -> BlockTensor:
@@ -153,7 +153,9 @@ def _chunks(features, mask, low, high):
     step = max(1, n)
     if features.device.type == "cpu":
         per_block = math.prod(grown) * channels * features.element_size()
-        step = max(1, CHUNK_BYTES // per_block)
+        runs = -(-n * per_block // CHUNK_BYTES)
+        # equal runs of an even length: two threads share the work of a run evenly
+        step = max(2, -(-n // max(1, runs) // 2) * 2)
     for first in range(0, n, step):
         last = min(n, first + step)
         yield first, last, gather.rows(features, first, last).view(-1, *grown, channels)
