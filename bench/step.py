@@ -104,19 +104,19 @@ class Runner:
         if self.variant.case == "encoder":
             self.encode()
             return
+        self.optimizer.zero_grad()  # before the forward pass: no gradients beside its activations
         loss = masked_mse(self.mae(self.x, self.masks), self.x, self.masks.scored)
-        self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.mae.parameters(), 12.0)
         self.optimizer.step()
 
     def encode(self) -> list[Tensor]:
         """Forward and backward of the encoder alone, from fixed random upstream gradients."""
+        self.optimizer.zero_grad()
         skips = self.mae.network.encoder(self.mae.masked_input(self.x, self.masks.visible))
         values = [s if isinstance(s, Tensor) else s.values for s in skips]
         if not self.upstream:
             self.upstream = [self._upstream(s, v) for s, v in zip(skips, values, strict=True)]
-        self.optimizer.zero_grad()
         torch.autograd.backward(values, self.upstream)
         return [(s if isinstance(s, Tensor) else s.unpack()).detach() for s in skips]
 

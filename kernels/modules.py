@@ -4,11 +4,13 @@ A network built from them needs no conversion step: pre-training hands it a Bloc
 fine-tuning a Tensor, and the state dict is that of the plain PyTorch layers.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _triple
 
 from sparsemae.kernels import ops
 from sparsemae.kernels.ops import Masked
+from sparsemae.kernels.torch_norm import instance_norm_dense
 
 
 class Conv3d(nn.Conv3d):
@@ -54,10 +56,18 @@ class InstanceNorm3d(nn.InstanceNorm3d):
 
     def forward(self, x: Tensor | Masked) -> Tensor | Masked:
         if isinstance(x, Tensor):
+            if _channels_last_on_cpu(x) and not self.track_running_stats:
+                return instance_norm_dense(x, self.weight, self.bias, self.eps)
             return super().forward(x)
         if self.track_running_stats:
             raise ValueError(f"no block-sparse form of {self}: running statistics are not kept")
         return ops.instance_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
+
+
+def _channels_last_on_cpu(x: Tensor) -> bool:
+    if x.device.type != "cpu" or x.ndim != 5 or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 class AvgPool3d(nn.AvgPool3d):

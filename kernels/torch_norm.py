@@ -7,6 +7,7 @@ a cascade, and the partial sums of chunks are added in fp64.
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,16 +19,24 @@ CHUNK_BYTES = 2 * 2**20  # of rows handled at once on CPU, to stay in cache
 def instance_norm(
     x: BlockTensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> BlockTensor:
-    return x.with_values(_InstanceNorm.apply(x.features, weight, bias, x.mask, eps))
+    return x.with_values(_InstanceNorm.apply(x.features, weight, bias, x.mask.counts, eps))
+
+
+def instance_norm_dense(
+    x: Float[Tensor, "B C D H W"], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Float[Tensor, "B C D H W"]:
+    """Plain instance norm of a channels-last batch, which torch would copy to contiguous first."""
+    rows = x.permute(0, 2, 3, 4, 1)  # each sample one block of voxels
+    return _InstanceNorm.apply(rows, weight, bias, (1,) * len(x), eps).permute(0, 4, 1, 2, 3)
 
 
 class _InstanceNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, weight, bias, mask, eps):
+    def forward(ctx, features, weight, bias, counts, eps):
         features = features.contiguous()
         out = torch.empty_like(features)
         means, inverse_stds = [], []
-        for x, y in _samples(mask, features, out):
+        for x, y in _samples(counts, features, out):
             mean, variance = _moments(x)
             inverse_std = torch.rsqrt(variance + eps)
             scale = inverse_std if weight is None else inverse_std * weight
@@ -36,7 +45,7 @@ class _InstanceNorm(torch.autograd.Function):
                 torch.addcmul(shift, xs - mean, scale, out=ys)
             means.append(mean)
             inverse_stds.append(inverse_std)
-        ctx.mask = mask
+        ctx.counts = counts
         ctx.save_for_backward(features, weight, *means, *inverse_stds)
         return out
 
@@ -48,7 +57,7 @@ class _InstanceNorm(torch.autograd.Function):
         out = torch.empty_like(features) if ctx.needs_input_grad[0] else None
         zeros = features.new_zeros(features.shape[4], dtype=_working_dtype(features))
         dw, db = zeros, zeros
-        samples = _samples(ctx.mask, features, grad.contiguous(), out)
+        samples = _samples(ctx.counts, features, grad.contiguous(), out)
         for (x, dy, dx), mean, inverse_std in zip(samples, means, inverse_stds, strict=True):
             sum_dy, sum_dy_x = _gradient_sums(x, dy, mean)  # x centred
             dw = dw + sum_dy_x * inverse_std
@@ -83,10 +92,10 @@ def _gradient_sums(x: Tensor, dy: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]
     return sum_dy.to(dtype), sum_dy_x.to(dtype)
 
 
-def _samples(mask, *tensors: Tensor | None):
+def _samples(counts: tuple[int, ...], *tensors: Tensor | None):
     """The rows [R, C] of each sample that has any visible block, of each tensor."""
     first = 0
-    for count in mask.counts:
+    for count in counts:
         if count:
             yield [
                 None if t is None else t[first : first + count].view(-1, t.shape[4])

@@ -4,6 +4,7 @@ A run folder has `config.toml` (resolved), `metrics.jsonl` (one line per step) a
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from sparsemae.data.store import Store
 from sparsemae.errors import UserError
 from sparsemae.kernels import registry
 from sparsemae.models.mae import SparseMAE, masked_mse
-from sparsemae.models.masking import check_decode, check_grid
+from sparsemae.models.masking import check_decode, check_grid, stage_blocks
 from sparsemae.models.resenc import ResEncUNet
 from sparsemae.models.topology import PRESETS
 from sparsemae.progress import TrainingProgress
@@ -43,7 +44,7 @@ from sparsemae.training import (
     pick_device,
 )
 
-# What a resumed run may change: how it runs, not what it computes from the same data.
+# What a resumed run may change: its length, which stretches the schedule, and how it is run.
 RESUMABLE = ("train.steps", "train.save_every", "train.keep", "train.device", "data.workers")
 
 
@@ -121,7 +122,9 @@ def build_mae(config: PretrainConfig) -> SparseMAE:
             backend=config.backend,
         )
     _check_patch(config.data.patch_size, network)
-    check_grid(config.data.patch_size, mae.block_size, config.mask.ratio)
+    grid = check_grid(config.data.patch_size, mae.block_size, config.mask.ratio)
+    if config.sparse:
+        _check_visible(grid, config.mask.ratio, mae)
     return mae
 
 
@@ -273,6 +276,18 @@ def _check_patch(patch_size: tuple[int, int, int], network: ResEncUNet) -> None:
         raise UserError(
             f"data.patch_size {patch_size} leaves one voxel at the bottleneck, which instance "
             f"norm cannot normalise: use at least {tuple(2 * t for t in total)}"
+        )
+
+
+def _check_visible(grid: tuple[int, int, int], ratio: float, mae: SparseMAE) -> None:
+    """Refuse a bottleneck of one visible voxel, which instance norm would make a constant."""
+    deepest = stage_blocks(mae.block_size, mae.network.stage_strides)[-1]
+    cells = math.prod(grid)
+    visible = cells - round(cells * ratio)
+    if deepest is not None and visible * math.prod(deepest) < 2:
+        raise UserError(
+            f"mask.ratio {ratio} leaves one visible voxel at the bottleneck, which instance norm "
+            f"cannot normalise: lower it, use a larger data.patch_size or a smaller mask.block_size"
         )
 
 

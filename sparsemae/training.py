@@ -83,9 +83,9 @@ def fit(
         lr = poly_lr(state.step, config.steps, config.lr)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
+        state.optimizer.zero_grad(set_to_none=True)  # no gradients beside the activations
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             loss = loss_of(batch, state.step)
-        state.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         values = torch.stack([loss.detach(), norm]).tolist()  # the step's only device sync

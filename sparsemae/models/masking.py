@@ -18,6 +18,11 @@ class Masks:
     visible: BlockMask
     scored: BlockMask
 
+    def __post_init__(self):
+        on_host = self.visible.visible.device.type == "cpu"  # elsewhere it would wait for a device
+        if on_host and (self.visible.visible & self.scored.visible).any():
+            raise ValueError("scored cells must be masked, but some of them are visible")
+
     def to(self, device: torch.device | str) -> "Masks":
         return Masks(self.visible.to(device), self.scored.to(device))
 

@@ -49,19 +49,27 @@ def test_small_blocks_take_taps_and_large_ones_halo():
 
 
 @every_dtype
-@pytest.mark.parametrize("blocks_at_once", [1, 2, 5])  # of 12, so the last run is shorter
+@pytest.mark.parametrize(
+    (
+        "blocks_at_once",
+        "runs",
+    ),  # of 11 blocks: as few runs as fit, equal and even, but for the rest
+    [(1, [2, 2, 2, 2, 2, 1]), (2, [2, 2, 2, 2, 2, 1]), (5, [4, 4, 3]), (11, [11])],
+)
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2)])
-def test_chunks(parity, monkeypatch, dtype, blocks_at_once, stride):
+def test_chunks(parity, monkeypatch, dtype, blocks_at_once, runs, stride):
     grown = 6 if stride == (1, 1, 1) else 5
     size = 4 if dtype == torch.float32 else 8
     monkeypatch.setattr(torch_conv, "CHUNK_BYTES", blocks_at_once * grown**3 * CI * size)
-    mask = BlockMask.random(3, (2, 2, 2), 0.5)
+    visible = torch.zeros(3, 2, 2, 2, dtype=torch.bool)
+    visible.view(-1)[torch.randperm(24)[:11]] = True
+    mask = BlockMask.from_visible(visible)
     pieces = list(
         torch_conv._chunks(
-            torch.randn(12, 4, 4, 4, CI, dtype=dtype), mask, (1, 1, 1), (grown - 5,) * 3
+            torch.randn(11, 4, 4, 4, CI, dtype=dtype), mask, (1, 1, 1), (grown - 5,) * 3
         )
     )
-    assert [last - first for first, last, _ in pieces][:2] == [blocks_at_once] * 2
+    assert [last - first for first, last, _ in pieces] == runs
     errors = parity(conv(stride), leaves(mask, (4, 4, 4)), mask, dtype)
     assert max(errors.values()) < TOLERANCE[dtype], errors
 

@@ -239,3 +239,21 @@ def test_two_masks_in_flight(mask):
     for y, expected in zip(outputs, alone, strict=True):
         y.square().sum().backward()
         assert all(torch.equal(a, b) for a, b in zip([y, *gradients(net)], expected, strict=True))
+
+
+def test_instance_norm_of_a_channels_last_batch():
+    norm = kernels.InstanceNorm3d(6, affine=True).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(3, 6, 4, 5, 7, dtype=torch.double)
+    upstream = torch.randn_like(x)
+    results = []
+    for form in (torch.contiguous_format, torch.channels_last_3d):
+        leaf = x.clone(memory_format=form).requires_grad_()
+        y = norm(leaf)
+        assert y.is_contiguous(memory_format=form)
+        grads = torch.autograd.grad(y, [leaf, norm.weight, norm.bias], upstream)
+        results.append([y, *grads])
+        nn.functional.leaky_relu(norm(leaf), 0.1, inplace=True).sum().backward()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
