@@ -115,7 +115,7 @@ def build_mae(config: PretrainConfig) -> SparseMAE:
         network = ResEncUNet.from_preset(config.model.preset)
         mae = SparseMAE(
             network,
-            config.mask.block_size or network.total_stride,
+            config.mask.block_size,
             decode=config.decode,
             densify=config.densify,
             sparse=config.sparse,

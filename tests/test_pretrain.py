@@ -296,3 +296,10 @@ def test_progress_without_a_terminal_is_one_whole_line_at_a_time(tmp_path, store
     assert lines
     assert all(re.fullmatch(pattern, line) for line in lines)
     assert lines[-1].startswith("step 6/6")
+
+
+def test_a_bottleneck_of_one_visible_voxel_is_refused():
+    assert module.build_mae(config("mask.ratio=0.75"))  # two of eight cells
+    with pytest.raises(UserError, match=r"mask\.ratio 0\.875 leaves one visible voxel at the bott"):
+        module.build_mae(config("mask.ratio=0.875"))
+    assert module.build_mae(config("mask.ratio=0.875", "sparse=false"))

@@ -31,7 +31,7 @@ class SparseMAE(nn.Module):
     Args:
         network: Reconstructs as many channels as it takes in, without deep supervision.
         block_size: Voxels of a mask cell per axis: a multiple of the stage strides, or one of them
-            (coarser stages then run dense).
+            (coarser stages then run dense). The network's total stride if None.
         decode: "all" decodes every voxel. "masked" runs the finest `decode_levels` levels in the
             masked cells only, all the loss looks at. A fraction in (0, 1) does so in a random
             part of the masked cells, drawn every step, and scores only that part.
@@ -47,7 +47,7 @@ class SparseMAE(nn.Module):
     def __init__(
         self,
         network: ResEncUNet,
-        block_size: int | Triple = 16,
+        block_size: int | Triple | None = None,
         *,
         decode: Decode = "all",
         decode_levels: int = 2,
@@ -57,6 +57,7 @@ class SparseMAE(nn.Module):
     ):
         super().__init__()
         self.network = network
+        block_size = network.total_stride if block_size is None else block_size
         self.block_size = (block_size,) * 3 if isinstance(block_size, int) else tuple(block_size)
         self.decode = check_decode(decode)
         self.sparse = sparse

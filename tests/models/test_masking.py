@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sparsemae.errors import UserError
+from sparsemae.kernels import BlockMask
 from sparsemae.models.mae import SparseMAE
-from sparsemae.models.masking import check_grid, stage_blocks
+from sparsemae.models.masking import Masks, check_grid, stage_blocks
 from sparsemae.models.resenc import ResEncUNet
 
 PLAN = {"features_per_stage": (2, 2, 2), "strides": (1, 2, 2), "n_blocks_per_stage": (1, 1, 1)}
@@ -134,3 +135,13 @@ def test_more_samples_than_masks_are_refused():
     masks = mae.draw_masks(2, (8, 8, 8), 0.5)
     with pytest.raises(ValueError, match="a mask of 2 samples"):
         mae(torch.zeros(3, 1, 8, 8, 8), masks)
+
+
+def test_scored_cells_must_be_masked():
+    visible = BlockMask.random(1, (2, 2, 2), 0.5)
+    with pytest.raises(ValueError, match="scored cells must be masked"):
+        Masks(visible, visible)
+
+
+def test_a_cell_is_the_total_stride_unless_told():
+    assert SparseMAE(ResEncUNet.from_preset("tiny")).block_size == (8, 8, 8)
