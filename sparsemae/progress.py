@@ -25,10 +25,10 @@ class TrainingProgress(AbstractContextManager):
             self.live = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(),
+                BarColumn(bar_width=None),
                 TextColumn("{task.fields[numbers]}"),
                 TextColumn("left"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(compact=True),
                 console=console,
             )
             self.task = self.live.add_task("", total=steps, completed=done, numbers="")
@@ -46,9 +46,7 @@ class TrainingProgress(AbstractContextManager):
         self.loss = _smooth(self.loss, record.loss)
         self.speed = _smooth(self.speed, record.samples / record.seconds)
         self.wait = _smooth(self.wait, record.wait_seconds / record.seconds)
-        numbers = (
-            f"loss {self.loss:.4f}  {self.speed:.2f} samples/s  waiting for data {self.wait:4.0%}"
-        )
+        numbers = f"loss {self.loss:.4f}  {self.speed:.2f} samples/s  data wait {self.wait:3.0%}"
         if self.live:
             self.live.update(self.task, completed=record.step, numbers=numbers)
             return

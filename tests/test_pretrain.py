@@ -290,9 +290,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, store
 
 def test_progress_without_a_terminal_is_one_whole_line_at_a_time(tmp_path, store):
     lines = start(store, tmp_path / "run").splitlines()
-    pattern = (
-        r"step \d/6  loss \d+\.\d{4}  \d+\.\d\d samples/s  waiting for data +\d+%  left 0:00:\d\d"
-    )
+    pattern = r"step \d/6  loss \d+\.\d{4}  \d+\.\d\d samples/s  data wait +\d+%  left 0:00:\d\d"
     assert lines
     assert all(re.fullmatch(pattern, line) for line in lines)
     assert lines[-1].startswith("step 6/6")
