@@ -7,7 +7,6 @@ one is written, the ones before it stay whole.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemae.errors import UserError
+from sparsemae.files import sync_folder, write_synced
 
 FORMAT = 1
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
@@ -67,15 +67,15 @@ def save_checkpoint(
     listing = {}
     for name, content in tensors.items():
         data = safetensors.torch.save(content)
-        _write(partial / name, data)
+        write_synced(partial / name, data)
         listing[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     full = {"format": FORMAT, "step": step, **meta, "files": listing}
-    _write(partial / "meta.json", json.dumps(full, indent=1).encode())
-    _sync(partial)
+    write_synced(partial / "meta.json", json.dumps(full, indent=1).encode())
+    sync_folder(partial)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    _sync(folder)
+    sync_folder(folder)
     past = [path for path in _folders(folder) if path.name <= final.name]
     for path in _folders(folder):
         if path not in past[-keep:]:
@@ -177,18 +177,3 @@ def _problem(path: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return "meta.json is damaged"
     return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

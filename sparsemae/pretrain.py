@@ -30,7 +30,7 @@ from sparsemae.data.store import Store
 from sparsemae.errors import UserError
 from sparsemae.kernels import registry
 from sparsemae.models.mae import SparseMAE, masked_mse
-from sparsemae.models.masking import check_decode, check_grid, stage_blocks
+from sparsemae.models.masking import check_decode, check_grid, nearest_multiples
 from sparsemae.models.resenc import ResEncUNet
 from sparsemae.models.topology import PRESETS
 from sparsemae.progress import TrainingProgress
@@ -266,8 +266,7 @@ def _restore(state: State, checkpoints: Path, data: Store, console: Console) -> 
 def _check_patch(patch_size: tuple[int, int, int], network: ResEncUNet) -> None:
     total = network.total_stride
     if any(p % t for p, t in zip(patch_size, total, strict=True)):
-        below = tuple(max(t, p // t * t) for p, t in zip(patch_size, total, strict=True))
-        above = tuple(-(-p // t) * t for p, t in zip(patch_size, total, strict=True))
+        below, above = nearest_multiples(patch_size, total)
         raise UserError(
             f"data.patch_size {patch_size} does not divide by the network's total stride {total}: "
             f"the nearest valid sizes are {below} and {above}"
@@ -281,7 +280,7 @@ def _check_patch(patch_size: tuple[int, int, int], network: ResEncUNet) -> None:
 
 def _check_visible(grid: tuple[int, int, int], ratio: float, mae: SparseMAE) -> None:
     """Refuse a bottleneck of one visible voxel, which instance norm would make a constant."""
-    deepest = stage_blocks(mae.block_size, mae.network.stage_strides)[-1]
+    deepest = mae.stage_blocks[-1]
     cells = math.prod(grid)
     visible = cells - round(cells * ratio)
     if deepest is not None and visible * math.prod(deepest) < 2:

@@ -224,7 +224,7 @@ def test_an_interrupted_write_leaves_the_others_whole_and_can_be_repeated(
 ):
     model, optimizer = save_steps(tmp_path, 10)
     with monkeypatch.context() as patch:
-        write = module._write
+        write = module.write_synced
 
         def fail(*_, **__):
             raise failure
@@ -238,7 +238,7 @@ def test_an_interrupted_write_leaves_the_others_whole_and_can_be_repeated(
         if call in ("mkdir", "rename"):
             patch.setattr(Path, call, fail)
         else:
-            patch.setattr(module, "_write", half)
+            patch.setattr(module, "write_synced", half)
         with pytest.raises(type(failure)):
             save_checkpoint(tmp_path, 20, model, optimizer, {}, keep=2)
     found, warnings = load_checkpoint(tmp_path)

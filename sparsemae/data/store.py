@@ -8,7 +8,6 @@ blosc2 detects no bit rot, so the index keeps a CRC-32 of every file; whole read
 import dataclasses
 import hashlib
 import json
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from sparsemae.errors import UserError
+from sparsemae.files import write_atomically
 
 FORMAT = "sparsemae-store"
 VERSION = 1
@@ -187,21 +187,6 @@ def write_array(
     file = f"{CASES}/{case_id}.b2nd"
     write_atomically(path / file, data)
     return file, len(data), zlib.crc32(data)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write under a temporary name, force to disk, rename: `path` is old or new, never half."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _tuples(value: Any) -> Any:

@@ -71,7 +71,7 @@ class SparseMAE(nn.Module):
                 f"num_classes: the network takes {channels} channels and must reconstruct as "
                 f"many, not {heads[-1].out_channels}"
             )
-        blocks = stage_blocks(self.block_size, network.stage_strides)
+        self.stage_blocks = stage_blocks(self.block_size, network.stage_strides)
         self.decode_levels = check_decode_levels(
             decode, decode_levels, self.block_size, network.stage_strides
         )
@@ -79,7 +79,8 @@ class SparseMAE(nn.Module):
         self.mask_tokens = nn.ParameterDict()
         self.densify = nn.ModuleDict()
         if sparse:
-            for level, (width, block) in enumerate(zip(topology.features, blocks, strict=True)):
+            stages = zip(topology.features, self.stage_blocks, strict=True)
+            for level, (width, block) in enumerate(stages):
                 if block is not None:
                     self.mask_tokens[str(level)] = nn.Parameter(torch.randn(width) * 0.02)
                 if densify and level > 0:
@@ -135,8 +136,8 @@ class SparseMAE(nn.Module):
 
     def _skip(self, level: int, skip, masks: Masks, *, restricted: bool):
         """The skip of one level for the decoder: no gaps, or only the scored cells."""
-        token = dict(self.mask_tokens.items()).get(str(level))
-        densify = dict(self.densify.items()).get(str(level))
+        token = self.mask_tokens.get(str(level))
+        densify = dict(self.densify.items()).get(str(level))  # a ModuleDict has no get
         if densify is None and restricted and isinstance(skip, BlockTensor):
             # scored cells are masked: all they hold is the token
             return BlockTensor.full(token.to(skip.dtype), masks.scored, skip.block)

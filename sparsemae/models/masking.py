@@ -59,8 +59,7 @@ def check_grid(patch_size: Triple, block_size: Triple, mask_ratio: float) -> Tri
     """
     axes = list(zip(patch_size, block_size, strict=True))
     if any(p % c or p < c for p, c in axes):
-        below = tuple(max(c, p // c * c) for p, c in axes)
-        above = tuple(-(-p // c) * c for p, c in axes)
+        below, above = nearest_multiples(patch_size, block_size)
         raise UserError(
             f"data.patch_size {tuple(patch_size)} is no whole number of mask cells of "
             f"{tuple(block_size)} voxels: the nearest valid sizes are {below} and {above}"
@@ -79,6 +78,14 @@ def check_grid(patch_size: Triple, block_size: Triple, mask_ratio: float) -> Tri
             f"patch: choose one from {least} to {1 - least:.3g}, or a larger patch"
         )
     return grid
+
+
+def nearest_multiples(size: Triple, unit: Triple) -> tuple[Triple, Triple]:
+    """The whole multiples of `unit` around `size`, at least one unit, per axis."""
+    axes = list(zip(size, unit, strict=True))
+    below = tuple(max(u, s // u * u) for s, u in axes)
+    above = tuple(-(-s // u) * u for s, u in axes)
+    return below, above
 
 
 def check_decode(decode: Decode) -> Decode:
