@@ -25,6 +25,8 @@ class BlockMask:
     visible: Bool[Tensor, "B Gd Gh Gw"]
     coords: Int[Tensor, "N 4"]  # (sample, d, h, w) of each visible block
     neighbors: Int[Tensor, "N 27"]  # packed position, -1 where masked or outside
+    slots: Int[Tensor, "B Gd Gh Gw"]  # packed position of each block, -1 where masked
+    starts: Int[Tensor, "B+1"]  # packed position of each sample's first block, then N
     counts: tuple[int, ...]  # visible blocks of each sample
     tables: dict = field(default_factory=dict, repr=False)  # filled by backends, once per mask
 
@@ -37,13 +39,17 @@ class BlockMask:
             )
         device, visible = visible.device, visible.cpu().clone()
         order = visible.flatten().cumsum(0, dtype=torch.int32).view_as(visible) - 1
-        padded = F.pad(torch.where(visible, order, -1), (1, 1, 1, 1, 1, 1), value=-1)
+        slots = torch.where(visible, order, -1)
+        padded = F.pad(slots, (1, 1, 1, 1, 1, 1), value=-1)
         windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
+        counts = visible.flatten(1).sum(1)
         mask = cls(
             visible,
             visible.nonzero().int(),
             windows[visible].contiguous(),
-            tuple(visible.flatten(1).sum(1).tolist()),
+            slots,
+            F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)),
+            tuple(counts.tolist()),
         )
         return mask.to(device)
 
@@ -112,9 +118,26 @@ class BlockMask:
             return self
         return BlockMask(visible, *others, self.counts)
 
+    def copy_(self, other: "BlockMask") -> "BlockMask":
+        """Take over another mask's pattern in place, for a CUDA graph that has captured this one.
+
+        Raises:
+            ValueError: Another grid, or another number of visible blocks in some sample: kernels
+                were launched for these sizes.
+        """
+        if (other.grid, other.counts) != (self.grid, self.counts):
+            raise ValueError(
+                f"a mask of grid {self.grid} with {self.counts} visible blocks cannot become one "
+                f"of grid {other.grid} with {other.counts}: draw masks of one ratio and batch size"
+            )
+        for mine, theirs in zip(self._tensors, other._tensors, strict=True):
+            mine.copy_(theirs, non_blocking=True)
+        self.tables.clear()
+        return self
+
     @property
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.visible, self.coords, self.neighbors
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.visible, self.coords, self.neighbors, self.slots, self.starts
 
     @property
     def batch_size(self) -> int:

@@ -129,8 +129,12 @@ def autocast(x: Masked, *parameters: Tensor | None):
 
 
 def _resolve(op: str, x: Masked, backend: str):
-    if isinstance(x, DenseMasked):
-        if backend not in ("auto", "reference"):
-            raise ValueError(f"backend {backend!r} takes a BlockTensor, not a DenseMasked")
-        backend = "reference"
-    return registry.resolve(op, backend)
+    return registry.resolve(op, _choose(x, backend))
+
+
+def _choose(x: Masked, backend: str) -> str:
+    if not isinstance(x, DenseMasked):
+        return registry.choose(backend, x.device, x.dtype)
+    if backend not in ("auto", "reference"):
+        raise ValueError(f"backend {backend!r} takes a BlockTensor, not a DenseMasked")
+    return "reference"

@@ -151,7 +151,7 @@ def test_the_torch_backend_refuses_what_only_reference_can(mask):
     with pytest.raises(ValueError, match="backend 'torch' takes a BlockTensor, not a DenseMasked"):
         net(DenseMasked.pack(batch(), mask))
     set_backend(net, "auto")(DenseMasked.pack(batch(), mask))
-    assert kernels.available() == ["reference", "torch"]
+    assert kernels.available()[:2] == ["reference", "torch"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
