@@ -82,28 +82,29 @@ def voxels(mask: BlockMask, block: Triple) -> Int[Tensor, "R 4"]:
 
 
 def _build(mask: BlockMask, block: Triple, kernel: Triple, stride: Triple, transposed) -> Rulebook:
-    on_gpu = mask.coords.device.type == "cuda"
-    if on_gpu and CPU_ONLY_BUILD:
-        raise ValueError("this spconv has no CUDA: pip install spconv-cu120 (Python 3.12: -cu126)")
+    algo, masks = _algorithm(mask.coords.device, kernel), ()
     submanifold = stride == (1, 1, 1) and not transposed
     size = [g * b for g, b in zip(mask.grid, block, strict=True)]
     padding = [0 if transposed else k // 2 for k in kernel]
+    volume = voxels(mask, block), mask.batch_size, size, algo
     geometry = list(kernel), list(stride), padding, [1, 1, 1], [0, 0, 0], submanifold, transposed
-    if on_gpu and math.prod(kernel) <= MOST_TAPS:
-        algo = ConvAlgo.MaskImplicitGemm
-        active, _, *pairs, masks = ops.get_indice_pairs_implicit_gemm(
-            voxels(mask, block), mask.batch_size, size, algo, *geometry
-        )
+    if algo is ConvAlgo.Native:
+        active, *pairs = ops.get_indice_pairs(*volume, *geometry)
     else:
-        algo, masks = ConvAlgo.Native, ()
-        active, *pairs = ops.get_indice_pairs(
-            voxels(mask, block), mask.batch_size, size, algo, *geometry
-        )
+        active, _, *pairs, masks = ops.get_indice_pairs_implicit_gemm(*volume, *geometry)
     rows = None
     if not submanifold:
         made = [b * s if transposed else b // s for b, s in zip(block, stride, strict=True)]
         rows = _positions(active, mask, tuple(made))
     return Rulebook(algo, submanifold, tuple(pairs), tuple(masks), len(active), rows)
+
+
+def _algorithm(device: torch.device, kernel: Triple) -> ConvAlgo:
+    if device.type != "cuda":
+        return ConvAlgo.Native
+    if CPU_ONLY_BUILD:
+        raise ValueError("this spconv has no CUDA: pip install spconv-cu120 (Python 3.12: -cu126)")
+    return ConvAlgo.MaskImplicitGemm if math.prod(kernel) <= MOST_TAPS else ConvAlgo.Native
 
 
 def _positions(active: Int[Tensor, "M 4"], mask: BlockMask, block: Triple) -> Int[Tensor, "R"]:
