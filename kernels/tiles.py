@@ -71,7 +71,7 @@ def tile(kernel: str, x: Tensor, *, k: int, n: int, width: int, rows: int, taps:
         ValueError: More rows than the kernels can count.
     """
     if rows > LONGEST:
-        raise ValueError(f"{rows} voxels in one call: the kernels count to {LONGEST}; split it")
+        raise ValueError(_too_many(rows))
     bits = 8 * x.element_size()
     found = _table.get().get((kernel, chip_of(x), bits, k, n, width))
     if found is None:
@@ -89,23 +89,79 @@ def power_of_2(n: int, least: int, most: int) -> int:
     return min(most, max(least, triton.next_power_of_2(n)))
 
 
+def march_tile(x: Tensor, *, k: int, n: int, block: Triple) -> Tile | None:
+    """The tile of a plane march, or None where gathering is the better form.
+
+    Wide channels make a convolution compute-bound, and small blocks have more halo than voxels.
+    """
+    chip, bits = chip_of(x), 8 * x.element_size()
+    rows = x.shape[0] * math.prod(block)
+    if rows > LONGEST:
+        raise ValueError(_too_many(rows))
+    found = _table.get().get(("march", chip, bits, k, n, block[2]))
+    if found is None and min(block) >= 4 and min(k, n) >= 16 and max(k, n) <= 64:
+        found = _march(chip, bits, k, n)
+    if found is None or (found.planes and block[0] % found.planes):
+        return None
+    return found
+
+
+def _march(chip: str, bits: int, k: int, n: int) -> Tile:
+    depth, cols = power_of_2(k, 16, 64 if bits == 16 else 32), power_of_2(n, 16, 64)
+    hopper = chip.startswith(("sm_9", "sm_1"))
+    if hopper and bits == 16 and k <= 32 and n <= 32:
+        return Tile(64, cols, depth, resident=True)
+    if not hopper:  # wider tiles spill
+        cols = min(cols, 32)
+    return Tile(128, cols, depth, warps=8 if cols * depth >= 2048 else 4, stages=2)
+
+
 def _gather(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
     cols = power_of_2(n, 16, 128 if bits == 16 else 64)
     if k < 16 and taps > 1:
         depth = triton.next_power_of_2(k)
-        return Tile(128, min(cols, 64), depth, taps=max(1, 32 // depth), warps=4)
+        return Tile(128, min(cols, 64), depth, taps=32 // depth)
     depth = power_of_2(k, 16, 64 if bits == 16 else 32)
     return Tile(128, cols, depth, warps=8 if cols == 128 else 4, stages=3)
 
 
-RULES = {"gather": _gather}
+def _spread(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
+    depth = power_of_2(k, 16, 64 if bits == 16 else 32)
+    return Tile(128, power_of_2(n, 16, 64), depth, stages=3)
+
+
+def _wgrad(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
+    """Taps side by side until they fill a tensor core's 64 rows; then as many groups as fit."""
+    depth = min(triton.next_power_of_2(k), 128 if bits == 16 else 64)
+    cols = power_of_2(n, 16, 64)
+    side = 1
+    while side * depth < 64 and side < taps:
+        side *= 2
+    if side * depth < 16:  # the least a product takes
+        side = 16 // depth
+    rows = side * depth
+    held = 8192 if bits == 32 else 16384  # accumulators of a program
+    groups = max(1, min(math.ceil(taps / side), held // (rows * cols)))
+    return Tile(32 if bits == 32 else 64, cols, depth, taps=side, groups=groups)
+
+
+RULES = {"gather": _gather, "spread": _spread, "wgrad": _wgrad}
 
 
 def _split(kernel: str, found: Tile, k: int, n: int, rows: int, taps: int) -> Tile:
-    """Spread the sum over programs where there are too few of them."""
-    programs = math.ceil(rows / found.rows) * math.ceil(n / found.cols)
-    steps = math.ceil(taps / found.taps) * math.ceil(k / found.depth)
-    splits = 1
+    """Divide a long sum among programs where the results alone make too few of them."""
+    columns = math.ceil(n / found.cols)
+    steps = math.ceil(taps / (found.taps * found.groups)) * math.ceil(k / found.depth)
+    if kernel == "wgrad":  # the sum runs over strips of rows
+        most = max(1, rows // (4 * found.rows))
+        return replace(found, splits=min(most, math.ceil(PROGRAMS / (steps * columns))))
+    if kernel == "spread":
+        return found
+    programs, splits = math.ceil(rows / found.rows) * columns, 1
     while programs * splits < PROGRAMS // 2 and splits * 8 <= steps and splits < 16:
         splits *= 2
     return replace(found, splits=splits)
+
+
+def _too_many(rows: int) -> str:
+    return f"{rows} voxels in one call: the kernels count to {LONGEST}; split the batch"

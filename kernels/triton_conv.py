@@ -8,8 +8,6 @@ Weights are repacked to [T, Ci, Co] once per call and kept for the backward pass
 weight itself; the input gradient reads the same copy with its channels swapped.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -86,6 +84,92 @@ def _same_padding(kernel: Triple) -> Triple:
     return tuple(k // 2 for k in kernel)
 
 
+@operator(
+    "conv(Tensor x, Tensor neighbors, Tensor weight, Tensor? bias, int[] kernel, int[] stride,"
+    " bool wants_moments) -> (Tensor, Tensor)"
+)
+def _forward(x, neighbors, weight, bias, kernel, stride, wants_moments):
+    kernel, stride = tuple(kernel), tuple(stride)
+    if stride == POINT and kernel == (3, 3, 3):
+        form = march_tile(x, k=x.shape[4], n=weight.shape[2], block=tuple(x.shape[1:4]))
+        if form is not None:
+            y, moments = march_conv(
+                x, neighbors, weight, bias, form, mirror=False, wants_moments=wants_moments
+            )
+            return y, _or_none(y, moments)
+    block = tuple(b // s for b, s in zip(x.shape[1:4], stride, strict=True))
+    y, moments = gather_conv(
+        *(x, neighbors, weight, bias, block, kernel, stride, _same_padding(kernel)),
+        wants_moments=wants_moments,
+    )
+    return y, _or_none(y, moments)
+
+
+@operator(
+    "conv_input_grad(Tensor dy, Tensor neighbors, Tensor weight, int[] kernel, int[] stride)"
+    " -> Tensor"
+)
+def _input_grad(dy, neighbors, weight, kernel, stride):
+    kernel, stride, block = tuple(kernel), tuple(stride), tuple(dy.shape[1:4])
+    padding = _same_padding(kernel)
+    if stride != POINT:
+        return spread_conv(dy, neighbors, weight, None, kernel, stride, padding, swapped=True)
+    if kernel == (3, 3, 3):
+        form = march_tile(dy, k=dy.shape[4], n=weight.shape[1], block=block)
+        if form is not None:
+            return march_conv(dy, neighbors, weight, None, form, mirror=True)[0]
+    return gather_conv(dy, neighbors, weight, None, block, kernel, stride, padding, mirror=True)[0]
+
+
+@operator(
+    "conv_weight_grad(Tensor x, Tensor neighbors, Tensor dy, int[] kernel, int[] stride,"
+    " int[] padding, bool wants_bias) -> (Tensor, Tensor)"
+)
+def _weight_grad(x, neighbors, dy, kernel, stride, padding, wants_bias):
+    triples = (tuple(t) for t in (kernel, stride, padding))
+    return conv_wgrad(x, neighbors, dy, *triples, wants_bias=wants_bias)
+
+
+@operator(
+    "conv_transpose(Tensor x, Tensor neighbors, Tensor weight, Tensor? bias, int[] kernel)"
+    " -> Tensor"
+)
+def _spread(x, neighbors, weight, bias, kernel):
+    kernel = tuple(kernel)
+    return spread_conv(x, neighbors, weight, bias, kernel, kernel, (0, 0, 0))
+
+
+@operator(
+    "conv_transpose_input_grad(Tensor dy, Tensor neighbors, Tensor weight, int[] kernel) -> Tensor"
+)
+def _spread_grad(dy, neighbors, weight, kernel):
+    kernel = tuple(kernel)
+    block = tuple(b // k for b, k in zip(dy.shape[1:4], kernel, strict=True))
+    return gather_conv(
+        *(dy, neighbors, weight, None, block, kernel, kernel, (0, 0, 0)), swapped=True
+    )[0]
+
+
+@operator(
+    "pool_conv(Tensor x, Tensor neighbors, Tensor weight, Tensor? bias, int[] window,"
+    " bool wants_moments) -> (Tensor, Tensor)"
+)
+def _pool_forward(x, neighbors, weight, bias, window, wants_moments):
+    window = tuple(window)
+    block = tuple(b // w for b, w in zip(x.shape[1:4], window, strict=True))
+    y, moments = gather_conv(
+        *(x, neighbors, weight, bias, block, window, window, (0, 0, 0)),
+        mean=True,
+        wants_moments=wants_moments,
+    )
+    return y, _or_none(y, moments)
+
+
+def _or_none(y: Tensor, moments: Tensor | None) -> Tensor:
+    """Operators return tensors only: no moments are an empty one."""
+    return y.new_empty(0, 2, y.shape[4], dtype=torch.float32) if moments is None else moments
+
+
 class _Conv3d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, neighbors, weight, bias, stride, wants_moments):
@@ -133,7 +217,7 @@ class _ConvTranspose3d(torch.autograd.Function):
         if ctx.needs_input_grad[2]:  # a strided convolution of grad would have this weight
             dw, _ = _weight_grad(grad, neighbors, features, kernel, kernel, (0, 0, 0), False)
         if ctx.has_bias and ctx.needs_input_grad[3]:
-            db = _column_sums(grad)
+            db = grad.flatten(0, 3).sum(0, dtype=torch.float32).to(grad.dtype)
         return dx, None, dw, db
 
 

@@ -179,18 +179,20 @@ def gather_conv(
     padding: Triple,
     *,
     mirror: bool = False,
+    swapped: bool = False,
     mean: bool = False,
     wants_moments: bool = False,
-) -> tuple[Tensor, Tensor | None, int]:
+) -> tuple[Tensor, Tensor | None]:
     """Convolve x [N, *block * stride, CI] with weight [T, CI, CO] to [N, *block, CO].
 
-    `mirror` takes the weight as [T, CO, CI] and reverses its taps: the gradient of stride 1.
+    `swapped` takes the weight as [T, CO, CI]; `mirror` does, and reverses its taps: the gradient
+    of stride 1.
     `mean` averages the rows under all taps and multiplies by the one weight [1, CI, CO].
     Returns the result and, if wanted and if every tile lies in one block, the moments
-    [tiles, 2, CO] of so many rows each.
+    [tiles, 2, CO] of equal runs of rows.
     """
-    ci = x.shape[-1]
-    co = weight.shape[1] if mirror else weight.shape[2]
+    ci, swapped = x.shape[-1], swapped or mirror
+    co = weight.shape[1] if swapped else weight.shape[2]
     m, voxels = x.shape[0] * math.prod(block), math.prod(block)
     taps = 1 if mean else math.prod(kernel)
     form = tile("gather", x, k=ci, n=co, width=block[2], rows=m, taps=taps)
@@ -220,8 +222,8 @@ def gather_conv(
             "KERNEL": kernel,
             "STRIDE": stride,
             "PADDING": padding,
-            "STRIDE_K": 1 if mirror else co,
-            "STRIDE_N": ci if mirror else 1,
+            "STRIDE_K": 1 if swapped else co,
+            "STRIDE_N": ci if swapped else 1,
             "MIRROR": mirror,
             "MEAN": mean,
             "ROWS": form.rows,
@@ -242,4 +244,4 @@ def gather_conv(
             {"partial_ptr": out, "bias_ptr": bias, "y_ptr": y, "M": m},
             {"CO": co, "SPLITS": form.splits, "ROWS": 32, "COLS": cols},
         )
-    return y, partials, form.rows
+    return y, partials

@@ -188,13 +188,13 @@ def march_conv(
     bias: Tensor | None,
     form: Tile,
     *,
-    mirror: bool,
-    wants_moments: bool,
-) -> tuple[Tensor, Tensor | None, int]:
+    mirror: bool = False,
+    wants_moments: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Convolve x [N, *block, CI] with weight [27, CI, CO], or mirrored with [27, CO, CI].
 
     Returns the result and, if wanted and if every program lies in one block, the moments
-    [programs, 2, CO] of so many rows each.
+    [programs, 2, CO] of equal runs of rows.
     """
     n, *block, ci = x.shape
     co = weight.shape[1] if mirror else weight.shape[2]
@@ -235,4 +235,4 @@ def march_conv(
         warps=form.warps,
         stages=form.stages,
     )
-    return y, partials, form.rows * planes
+    return y, partials

@@ -155,7 +155,7 @@ def _add_weights_kernel(
     mask = (cols < CO)[:, None] & (taps < T)[None, :]
     total = tl.zeros([COLS, TAPS], dtype=tl.float32)
     for split in range(splits):
-        at = (split.to(tl.int64) * T + taps[None, :]) * CI + k
+        at = (split * T + taps.to(tl.int64)[None, :]) * CI + k
         total += tl.load(partial_ptr + at * CO + cols[:, None], mask=mask, other=0.0)
     out = dw_ptr + (cols[:, None].to(tl.int64) * CI + k) * T + taps[None, :]
     tl.store(out, total.to(dw_ptr.dtype.element_ty), mask=mask)
@@ -185,8 +185,8 @@ def conv_wgrad(
     padding: Triple,
     *,
     wants_bias: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients [CO, CI, *kernel] and [CO] from x [N, *block * stride, CI], dy [N, *block, CO]."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients [CO, CI, *kernel] and [CO] (else [0]) from x [N, *block * stride, CI], dy [N, *block, CO]."""
     n, *block, co = dy.shape
     ci, taps, rows = x.shape[-1], math.prod(kernel), n * math.prod(block)
     form = tile("wgrad", x, k=ci, n=co, width=block[2], rows=rows, taps=taps)
@@ -237,7 +237,7 @@ def conv_wgrad(
         {"T": taps, "CI": ci, "CO": co, "TAPS": triton.next_power_of_2(taps), "COLS": cols},
     )
     if bias_partial is None:
-        return dw, None
+        return dw, x.new_empty(0)
     db = x.new_empty(co)
     launch(
         _add_bias_kernel,
