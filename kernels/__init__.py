@@ -1,5 +1,6 @@
 """Block-masked sparse 3D operators: a mask, a packed tensor, functions and layers on them."""
 
+from sparsemae.kernels.fused import conv_norm_act
 from sparsemae.kernels.mask import BlockMask
 from sparsemae.kernels.modules import (
     GELU,
@@ -32,5 +33,6 @@ __all__ = [
     "MaxPool3d",
     "ReLU",
     "available",
+    "conv_norm_act",
     "set_backend",
 ]

@@ -24,6 +24,11 @@ class Conv3d(nn.Conv3d):
     def forward(self, x: Tensor | Masked) -> Tensor | Masked:
         if isinstance(x, Tensor):
             return super().forward(x)
+        self.require_sparse_form()
+        return ops.conv3d(x, self.weight, self.bias, self.stride, backend=self.backend)
+
+    def require_sparse_form(self) -> None:
+        """Raise a ValueError if blocks cannot be convolved with these settings."""
         same = tuple(k // 2 for k in self.kernel_size)
         if self.padding != same or self.dilation != (1, 1, 1) or self.groups != 1:
             raise ValueError(
@@ -31,7 +36,6 @@ class Conv3d(nn.Conv3d):
             )
         if self.padding_mode != "zeros":
             raise ValueError(f"no block-sparse form of {self}: padding_mode must be 'zeros'")
-        return ops.conv3d(x, self.weight, self.bias, self.stride, backend=self.backend)
 
 
 class ConvTranspose3d(nn.ConvTranspose3d):
@@ -59,9 +63,13 @@ class InstanceNorm3d(nn.InstanceNorm3d):
             if _channels_last_on_cpu(x) and not self.track_running_stats:
                 return instance_norm_dense(x, self.weight, self.bias, self.eps)
             return super().forward(x)
+        self.require_sparse_form()
+        return ops.instance_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
+
+    def require_sparse_form(self) -> None:
+        """Raise a ValueError if blocks cannot be normalised with these settings."""
         if self.track_running_stats:
             raise ValueError(f"no block-sparse form of {self}: running statistics are not kept")
-        return ops.instance_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
 
 
 def _channels_last_on_cpu(x: Tensor) -> bool:
@@ -78,7 +86,7 @@ class AvgPool3d(nn.AvgPool3d):
     def forward(self, x: Tensor | Masked) -> Tensor | Masked:
         if isinstance(x, Tensor):
             return super().forward(x)
-        return ops.avg_pool3d(x, _tiling_window(self), backend=self.backend)
+        return ops.avg_pool3d(x, tiling_window(self), backend=self.backend)
 
 
 class MaxPool3d(nn.MaxPool3d):
@@ -91,10 +99,11 @@ class MaxPool3d(nn.MaxPool3d):
             return super().forward(x)
         if _triple(self.dilation) != (1, 1, 1) or self.return_indices:
             raise ValueError(f"no block-sparse form of {self}: no dilation, no indices")
-        return ops.max_pool3d(x, _tiling_window(self), backend=self.backend)
+        return ops.max_pool3d(x, tiling_window(self), backend=self.backend)
 
 
-def _tiling_window(pool: nn.AvgPool3d | nn.MaxPool3d) -> tuple[int, int, int]:
+def tiling_window(pool: nn.AvgPool3d | nn.MaxPool3d) -> tuple[int, int, int]:
+    """The window of a pool that tiles the volume, the only kind with a sparse form."""
     window = _triple(pool.kernel_size)
     if _triple(pool.stride) != window or any(_triple(pool.padding)) or pool.ceil_mode:
         raise ValueError(f"no block-sparse form of {pool}: it needs stride = kernel, no padding")

@@ -41,17 +41,22 @@ def conv3d(
     Raises:
         ValueError: Channels, kernel, stride or backend do not fit, naming which.
     """
+    check_conv(x, weight, stride)
+    run = _resolve("conv3d", x, backend)
+    x, weight, bias = autocast(x, weight, bias)
+    if coarser_than_grid(x.block, stride):
+        return F.conv3d(x.unpack(), weight, bias, stride, [k // 2 for k in weight.shape[2:]])
+    return run(x, weight, bias, stride)
+
+
+def check_conv(x: Masked, weight: Tensor, stride: Triple) -> None:
+    """Raise a ValueError unless `conv3d` takes these."""
     if x.channels != weight.shape[1]:
         raise ValueError(f"x has {x.channels} channels, weight takes {weight.shape[1]}")
     if not set(weight.shape[2:]) <= {1, 3}:
         raise ValueError(f"kernel {tuple(weight.shape[2:])}: block-sparse kernels are 1 or 3 wide")
     if not set(stride) <= {1, 2}:
         raise ValueError(f"stride {tuple(stride)}: block-sparse convolutions step by 1 or 2")
-    run = _resolve("conv3d", x, backend)
-    x, weight, bias = autocast(x, weight, bias)
-    if coarser_than_grid(x.block, stride):
-        return F.conv3d(x.unpack(), weight, bias, stride, [k // 2 for k in weight.shape[2:]])
-    return run(x, weight, bias, stride)
 
 
 def conv_transpose3d(

@@ -132,17 +132,12 @@ def _spread(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
 
 def _wgrad(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
     """Taps side by side until they fill a tensor core's 64 rows; then as many groups as fit."""
-    depth = min(triton.next_power_of_2(k), 128 if bits == 16 else 64)
-    cols = power_of_2(n, 16, 64)
-    side = 1
-    while side * depth < 64 and side < taps:
-        side *= 2
-    if side * depth < 16:  # the least a product takes
-        side = 16 // depth
-    rows = side * depth
-    held = 8192 if bits == 32 else 16384  # accumulators of a program
-    groups = max(1, min(math.ceil(taps / side), held // (rows * cols)))
-    return Tile(32 if bits == 32 else 64, cols, depth, taps=side, groups=groups)
+    depth, cols = power_of_2(k, 1, 128 if bits == 16 else 64), power_of_2(n, 16, 64)
+    side = max(1, 64 // depth)
+    tile_size = side * depth * cols
+    held, warps = (24576, 8) if tile_size >= 8192 else (16384 if bits == 16 else 8192, 4)
+    groups = max(1, min(math.ceil(taps / side), held // tile_size))
+    return Tile(32 if bits == 32 else 64, cols, depth, taps=side, groups=groups, warps=warps)
 
 
 RULES = {"gather": _gather, "spread": _spread, "wgrad": _wgrad}

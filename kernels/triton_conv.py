@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsemae.kernels.launch import operator
-from sparsemae.kernels.mask import BlockMask
-from sparsemae.kernels.registry import TRITON_DTYPES
 from sparsemae.kernels.tensor import BlockTensor
 from sparsemae.kernels.tiles import Triple, march_tile
 from sparsemae.kernels.triton_gather import gather_conv
 from sparsemae.kernels.triton_march import march_conv
+from sparsemae.kernels.triton_pool import avg_pool, avg_pool_grad
+from sparsemae.kernels.triton_rows import require_dtype
 from sparsemae.kernels.triton_spread import spread_conv
 from sparsemae.kernels.triton_wgrad import conv_wgrad
 
@@ -55,18 +55,12 @@ def pool_convolve(
     """Average over windows, then a 1x1x1 convolution, in one pass over x; and moments."""
     check(x, weight, bias)
     features = x.features.contiguous()
-    return _PoolConv3d.apply(
-        features, x.mask.neighbors, weight, bias, tuple(window), wants_moments
-    )
+    return _PoolConv3d.apply(features, x.mask.neighbors, weight, bias, tuple(window), wants_moments)
 
 
 def check(x: BlockTensor, *parameters: Tensor | None) -> None:
     """Raise a ValueError unless the kernels have x's precision and all tensors share it."""
-    if x.dtype not in TRITON_DTYPES:
-        raise ValueError(
-            f"backend 'triton' computes in float32, bfloat16 and float16, not {x.dtype}: "
-            f"convert, or use backend='torch'"
-        )
+    require_dtype("a convolution", x.features)
     for p in parameters:
         if p is not None and (p.dtype != x.dtype or p.device != x.device):
             raise ValueError(
@@ -239,11 +233,9 @@ class _PoolConv3d(torch.autograd.Function):
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             pooled_grad = _input_grad(grad, neighbors, packed, POINT, POINT)
-            dx = torch.ops.sparsemae.avg_pool_grad(pooled_grad, ctx.window)
+            dx = avg_pool_grad(pooled_grad, ctx.window)
         wants_bias = ctx.has_bias and ctx.needs_input_grad[3]
         if ctx.needs_input_grad[2] or wants_bias:
-            pooled = torch.ops.sparsemae.avg_pool(features, ctx.window)
-            dw, db = _weight_grad(
-                pooled, neighbors, grad, POINT, POINT, (0, 0, 0), wants_bias
-            )
+            pooled = avg_pool(features, ctx.window)
+            dw, db = _weight_grad(pooled, neighbors, grad, POINT, POINT, (0, 0, 0), wants_bias)
         return dx, None, dw, db if wants_bias else None, None, None

@@ -126,7 +126,9 @@ def _gather_kernel(
                 + tap[:, None, None] * (CI * CO)
                 + ks[None, :, None] * STRIDE_K
                 + cols[None, None, :] * STRIDE_N,
-                mask=(taps < T)[:, None, None] & (ks < CI)[None, :, None] & (cols < CO)[None, None, :],
+                mask=(taps < T)[:, None, None]
+                & (ks < CI)[None, :, None]
+                & (cols < CO)[None, None, :],
                 other=0.0,
             ).reshape(TAPS * DEPTH, COLS)
         acc = tl.dot(values, weights, acc, input_precision=PRECISION)

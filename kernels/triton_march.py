@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsemae.kernels.launch import launch
 from sparsemae.kernels.tiles import Tile, precision
-from sparsemae.kernels.triton_index import locate, merge, moments
+from sparsemae.kernels.triton_index import locate, merge
 
 
 @triton.jit
@@ -139,9 +139,7 @@ def _march_kernel(
     if RESIDENT:
         ks = tl.arange(0, DEPTH)
         for tap in tl.static_range(27):
-            weights = weights + (
-                _weight(w_ptr, tap, ks, cols, CI, CO, STRIDE_K, STRIDE_N, MIRROR),
-            )
+            weights = weights + (_weight(w_ptr, tap, ks, cols, CI, CO, STRIDE_K, STRIDE_N, MIRROR),)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + cols, mask=cols < CO, other=0.0).to(tl.float32)
     else:
@@ -149,16 +147,20 @@ def _march_kernel(
     mean = tl.zeros([COLS], dtype=tl.float32)
     squares = tl.zeros([COLS], dtype=tl.float32)
     nothing = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    out = y_ptr + (((n * BLOCK[0] + z0) * BLOCK[1] + y) * BLOCK[2] + x)[:, None] * CO + cols[None, :]
+    out = (
+        y_ptr + (((n * BLOCK[0] + z0) * BLOCK[1] + y) * BLOCK[2] + x)[:, None] * CO + cols[None, :]
+    )
     mask = live[:, None] & (cols < CO)[None, :]
 
     here, above, below = _plane(
-        x_ptr, neighbors_ptr, w_ptr, weights, n, z0 - 1, y, x, live, cols, nothing, nothing, nothing,
+        x_ptr, neighbors_ptr, w_ptr, weights, n, z0 - 1, y, x, live, cols,
+        nothing, nothing, nothing,
         CI, CO, BLOCK, STRIDE_K, STRIDE_N, MIRROR, DEPTH, RESIDENT, PRECISION, True, False, False,
     )  # fmt: skip
     for step in range(PLANES):
         above, here, below = _plane(
-            x_ptr, neighbors_ptr, w_ptr, weights, n, z0 + step, y, x, live, cols, nothing, here, below,
+            x_ptr, neighbors_ptr, w_ptr, weights, n, z0 + step, y, x, live, cols,
+            nothing, here, below,
             CI, CO, BLOCK, STRIDE_K, STRIDE_N, MIRROR, DEPTH, RESIDENT, PRECISION, True, True, True,
         )  # fmt: skip
         if step > 0:
@@ -169,7 +171,8 @@ def _march_kernel(
         below = here
         here = above
     above, here, below = _plane(
-        x_ptr, neighbors_ptr, w_ptr, weights, n, z0 + PLANES, y, x, live, cols, nothing, here, below,
+        x_ptr, neighbors_ptr, w_ptr, weights, n, z0 + PLANES, y, x, live, cols,
+        nothing, here, below,
         CI, CO, BLOCK, STRIDE_K, STRIDE_N, MIRROR, DEPTH, RESIDENT, PRECISION, False, False, True,
     )  # fmt: skip
     result = below + bias[None, :]

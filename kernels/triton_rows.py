@@ -1,11 +1,10 @@
 """What the memory-bound kernels share: tiles of packed rows, and sums of partial sums.
 
-A program reads a tile [rows, columns] of at most one sample: 128 bytes of channels, so that a warp
-reads whole lines, and as many rows as its registers hold. It writes what it found about the tile;
-`add_partials` adds that up in a fixed order, 512 partials per step, at most four steps per launch.
+A program reads a tile [rows, columns] of one sample: up to 128 bytes of channels, so that a warp
+reads whole lines, and as many rows as its registers hold. Where it writes a sum over the tile,
+`add_partials` adds these up in a fixed order, 512 at a time.
 Letters: S samples, P partials, W columns.
 """
-
 
 import triton
 import triton.language as tl
@@ -16,9 +15,9 @@ from sparsemae.kernels.launch import launch
 from sparsemae.kernels.registry import TRITON_DTYPES
 
 LINE = 128  # bytes of channels in a tile
-PARTS = 512  # partials per step of a merge
-PARTS_COLUMNS = 8  # one sector of 32 bytes: many programs, each of few steps
-STEPS = 4  # of PARTS that a single launch takes; more partials are merged in groups first
+PARTS = 512  # partials per step
+PART_COLUMNS = 8  # one sector of 32 bytes: many programs of few steps
+STEPS = 4  # that one program takes; more partials are first added up in groups of PARTS
 
 
 @triton.jit
@@ -39,14 +38,13 @@ def _add_kernel(
 ):
     group, groups, sample = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
-    first = partials_ptr + sample * P * W + cols
     share = (P + groups - 1) // groups
-    end = min(P, (group + 1) * share)
+    end = tl.minimum(P, (group + 1) * share)
     total = tl.zeros([PARTS, COLS], dtype=tl.float32)
     for start in range(group * share, end, PARTS):
         parts = start + tl.arange(0, PARTS)
         total += tl.load(
-            first[None, :] + parts.to(tl.int64)[:, None] * W,
+            partials_ptr + (sample * P + parts)[:, None] * W + cols[None, :],
             mask=(parts < end)[:, None] & (cols < W)[None, :],
             other=0.0,
         )
@@ -54,24 +52,24 @@ def _add_kernel(
 
 
 def add_partials(partials: Float[Tensor, "S P W"]) -> Float[Tensor, "S W"]:
-    """Float32 sums over the second axis, bitwise the same in every run; zeros if P is 0."""
+    """Float32 sums over the second axis, the same bits in every run; zeros if P is 0."""
     while True:
         samples, parts, width = partials.shape
         groups = merge_groups(parts)
         sums = partials.new_empty(samples, groups, width)
         launch(
             _add_kernel,
-            (groups, samples, triton.cdiv(width, PARTS_COLUMNS)),
+            (groups, samples, triton.cdiv(width, PART_COLUMNS)),
             {"partials_ptr": partials, "sums_ptr": sums, "P": parts},
-            {"W": width, "PARTS": PARTS, "COLS": PARTS_COLUMNS},
+            {"W": width, "PARTS": PARTS, "COLS": PART_COLUMNS},
         )
         if groups == 1:
-            return sums[:, 0]
+            return sums.view(samples, width)
         partials = sums
 
 
 def merge_groups(parts: int) -> int:
-    """How many groups of PARTS a launch shall leave: one, if it can take them all."""
+    """Groups that one launch leaves of so many partials: one if a program can take them all."""
     return 1 if parts <= STEPS * PARTS else triton.cdiv(parts, PARTS)
 
 
@@ -88,5 +86,5 @@ def require_dtype(op: str, *tensors: Tensor | None) -> None:
             names = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)
             raise ValueError(
                 f"{op}: backend 'triton' takes {names}, not {str(x.dtype).removeprefix('torch.')}: "
-                f"cast, or use backend='torch'"
+                f"convert, or use backend='torch'"
             )

@@ -128,10 +128,11 @@ def _wgrad_kernel(
     for group in tl.static_range(GROUPS):
         taps = tap0 + group * TAPS + tl.arange(0, TAPS)
         at = (split * T + taps)[:, None, None] * CI + ks[None, :, None]
+        inside = (taps < T)[:, None, None] & (ks < CI)[None, :, None]
         tl.store(
             dw_ptr + at * CO + cols[None, None, :],
             accs[group].reshape(TAPS, DEPTH, COLS),
-            mask=(taps < T)[:, None, None] & (ks < CI)[None, :, None] & (cols < CO)[None, None, :],
+            mask=inside & (cols < CO)[None, None, :],
         )
     if db_ptr is not None:
         if tl.program_id(0) == 0:
@@ -186,7 +187,10 @@ def conv_wgrad(
     *,
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients [CO, CI, *kernel] and [CO] (else [0]) from x [N, *block * stride, CI], dy [N, *block, CO]."""
+    """Gradients of the weight, [CO, CI, *kernel], and of the bias, [CO], or [0] if not wanted.
+
+    From the input x [N, *block * stride, CI] and the output's gradient dy [N, *block, CO].
+    """
     n, *block, co = dy.shape
     ci, taps, rows = x.shape[-1], math.prod(kernel), n * math.prod(block)
     form = tile("wgrad", x, k=ci, n=co, width=block[2], rows=rows, taps=taps)

@@ -15,6 +15,7 @@ from sparsemae.kernels import (
     Identity,
     InstanceNorm3d,
     LeakyReLU,
+    conv_norm_act,
 )
 from sparsemae.models.topology import Triple
 
@@ -49,8 +50,18 @@ class ConvNormAct(nn.Module):
             layers.append(self.nonlin)
         self.all_modules = nn.Sequential(*layers)
 
-    def forward(self, x: Features) -> Features:
-        return self.all_modules(x)
+    def forward(
+        self,
+        x: Features,
+        *,
+        pool: nn.Module | None = None,
+        residual: Features | None = None,
+        act: nn.Module | None = None,
+    ) -> Features:
+        """The layers on `pool(x)`, `residual` added before the activation: `act`, or its own."""
+        conv, norm, *own = self.all_modules
+        act = next(iter(own), None) if act is None else act
+        return conv_norm_act(x, conv, norm, act, residual=residual, pool=pool)
 
 
 class ConvStack(nn.Module):
@@ -87,8 +98,13 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Sequential(*shortcut) if shortcut else Identity()
 
     def forward(self, x: Features) -> Features:
-        residual = self.skip(x)
-        return self.nonlin2(self.conv2(self.conv1(x)) + residual)
+        residual = x
+        match list(self.skip.children()):
+            case [pool, project]:
+                residual = project(x, pool=pool)
+            case [layer]:
+                residual = layer(x)
+        return self.conv2(self.conv1(x), residual=residual, act=self.nonlin2)
 
 
 class ResidualStage(nn.Module):
