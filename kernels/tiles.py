@@ -106,38 +106,49 @@ def march_tile(x: Tensor, *, k: int, n: int, block: Triple) -> Tile | None:
     return found
 
 
+def _rows(chip: str) -> int:
+    """Rows of a tile: registers hold more results where tensor cores read from shared memory."""
+    return 128 if chip.startswith(("sm_9", "sm_1")) else 64
+
+
 def _march(chip: str, bits: int, k: int, n: int) -> Tile:
-    depth, cols = power_of_2(k, 16, 64 if bits == 16 else 32), power_of_2(n, 16, 64)
-    hopper = chip.startswith(("sm_9", "sm_1"))
-    if hopper and bits == 16 and k <= 32 and n <= 32:
-        return Tile(64, cols, depth, resident=True)
-    if not hopper:  # wider tiles spill
-        cols = min(cols, 32)
-    return Tile(128, cols, depth, warps=8 if cols * depth >= 2048 else 4, stages=2)
+    rows, cols = _rows(chip), power_of_2(n, 16, 64)
+    if rows == 64:
+        return Tile(rows, min(cols, 32), power_of_2(k, 16, 32), stages=1 if bits == 16 else 3)
+    if bits == 16 and k <= 32 and n <= 32:
+        return Tile(64, cols, power_of_2(k, 16, 32), resident=True)
+    depth = power_of_2(k, 16, 64 if bits == 16 else 32)
+    return Tile(rows, cols, depth, warps=8 if cols * depth >= 2048 else 4, stages=2)
 
 
 def _gather(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
-    cols = power_of_2(n, 16, 128 if bits == 16 else 64)
+    rows, cols = _rows(chip), power_of_2(n, 16, 128 if bits == 16 else 64)
     if k < 16 and taps > 1:
         depth = triton.next_power_of_2(k)
-        return Tile(128, min(cols, 64), depth, taps=32 // depth)
-    depth = power_of_2(k, 16, 64 if bits == 16 else 32)
-    return Tile(128, cols, depth, warps=8 if cols == 128 else 4, stages=3)
+        return Tile(rows, min(cols, 64), depth, taps=32 // depth)
+    depth = power_of_2(k, 16, 64 if bits == 16 and rows == 128 else 32)
+    return Tile(rows, cols, depth, warps=8 if rows * cols >= 16384 else 4, stages=3)
 
 
 def _spread(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
-    depth = power_of_2(k, 16, 64 if bits == 16 else 32)
-    return Tile(128, power_of_2(n, 16, 64), depth, stages=3)
+    rows = _rows(chip)
+    depth = power_of_2(k, 16, 64 if bits == 16 and rows == 128 else 32)
+    return Tile(rows, power_of_2(n, 16, 64), depth, stages=3)
 
 
 def _wgrad(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
     """Taps side by side until they fill a tensor core's 64 rows; then as many groups as fit."""
-    depth, cols = power_of_2(k, 1, 128 if bits == 16 else 64), power_of_2(n, 16, 64)
+    wide = bits == 16 and _rows(chip) == 128
+    depth, cols = power_of_2(k, 1, 128 if wide else 64), power_of_2(n, 16, 64)
     side = max(1, 64 // depth)
     tile_size = side * depth * cols
-    held, warps = (24576, 8) if tile_size >= 8192 else (16384 if bits == 16 else 8192, 4)
+    held, warps = (16384, 4) if wide else (8192, 4)
+    if wide and tile_size >= 8192:
+        held, warps = 24576, 8
     groups = max(1, min(math.ceil(taps / side), held // tile_size))
-    return Tile(32 if bits == 32 else 64, cols, depth, taps=side, groups=groups, warps=warps)
+    if depth < 16:  # addresses of single channels fill the registers
+        groups = min(groups, 2)
+    return Tile(64 if wide else 32, cols, depth, taps=side, groups=groups, warps=warps)
 
 
 RULES = {"gather": _gather, "spread": _spread, "wgrad": _wgrad}
