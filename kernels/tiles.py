@@ -148,7 +148,8 @@ def _wgrad(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
     groups = max(1, min(math.ceil(taps / side), held // tile_size))
     if depth < 16:  # addresses of single channels fill the registers
         groups = min(groups, 2)
-    return Tile(64 if wide else 32, cols, depth, taps=side, groups=groups, warps=warps)
+    rows = 64 if wide and depth >= 16 else 32
+    return Tile(rows, cols, depth, taps=side, groups=groups, warps=warps)
 
 
 RULES = {"gather": _gather, "spread": _spread, "wgrad": _wgrad}
