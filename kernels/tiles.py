@@ -21,6 +21,7 @@ from sparsemae.kernels.launch import chip_of
 
 Triple = tuple[int, int, int]
 Key = tuple[str, str, int, int, int, int]
+KEY = ("kernel", "chip", "bits", "k", "n", "width")
 PROGRAMS = 264  # wanted at least: two for each multiprocessor of an H100 or H200
 LONGEST = 2**31 - 1  # rows are counted in int32, addresses in int64
 
@@ -45,7 +46,7 @@ def read(text: str) -> dict[Key, Tile]:
     """The entries of a table in TOML."""
     entries = {}
     for entry in tomllib.loads(text).get("tile", []):
-        key = tuple(entry.pop(name) for name in ("kernel", "chip", "bits", "k", "n", "width"))
+        key = tuple(entry.pop(name) for name in KEY)
         entries[key] = Tile(**entry)
     return entries
 
@@ -56,8 +57,8 @@ _table: ContextVar[dict[Key, Tile]] = ContextVar("table", default=SHIPPED)
 
 @contextlib.contextmanager
 def using(entries: dict[Key, Tile]) -> Iterator[None]:
-    """Let `entries` override the shipped table, for the tuner and for tests."""
-    token = _table.set(SHIPPED | entries)
+    """Let `entries` override the table, for the tuner and for tests."""
+    token = _table.set(_table.get() | entries)
     try:
         yield
     finally:
@@ -90,7 +91,7 @@ def power_of_2(n: int, least: int, most: int) -> int:
 
 
 def march_tile(x: Tensor, *, k: int, n: int, block: Triple) -> Tile | None:
-    """The tile of a plane march, or None where gathering is the better form.
+    """The tile of a plane march, or None where gathering is the better form: an entry of 0 rows.
 
     Wide channels make a convolution compute-bound, and small blocks have more halo than voxels.
     """
@@ -101,7 +102,7 @@ def march_tile(x: Tensor, *, k: int, n: int, block: Triple) -> Tile | None:
     found = _table.get().get(("march", chip, bits, k, n, block[2]))
     if found is None and min(block) >= 4 and min(k, n) >= 16 and max(k, n) <= 64:
         found = _march(chip, bits, k, n)
-    if found is None or (found.planes and block[0] % found.planes):
+    if found is None or not found.rows or (found.planes and block[0] % found.planes):
         return None
     return found
 

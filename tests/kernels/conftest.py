@@ -14,11 +14,13 @@ def run(op: Callable, leaves: dict[str, Tensor], mask: BlockMask, dtype, backend
 
     Returns the output, "y", and the gradient of every leaf under the leaf's name.
     """
-    leaves = {name: t.detach().to(dtype, copy=True).requires_grad_() for name, t in leaves.items()}
-    y = op(BlockTensor(leaves["x"], mask), leaves, backend).features
+    on_gpu = backend == "triton" and torch.cuda.is_available()
+    place = {"dtype": dtype, "device": "cuda" if on_gpu else "cpu"}
+    leaves = {k: t.detach().to(**place, copy=True).requires_grad_() for k, t in leaves.items()}
+    y = op(BlockTensor(leaves["x"], mask.to(place["device"])), leaves, backend).features
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    y.backward(upstream.to(dtype))
-    return {"y": y.detach()} | {name: t.grad for name, t in leaves.items()}
+    y.backward(upstream.to(**place))
+    return {"y": y.detach().cpu()} | {name: t.grad.cpu() for name, t in leaves.items()}
 
 
 def largest_difference(value: Tensor, expected: Tensor, floor: float) -> float:
