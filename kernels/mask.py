@@ -45,7 +45,7 @@ class BlockMask:
         counts = visible.flatten(1).sum(1)
         mask = cls(
             visible,
-            visible.nonzero().int(),
+            visible.nonzero().int().contiguous(),  # nonzero is column-major
             windows[visible].contiguous(),
             slots,
             F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0)),

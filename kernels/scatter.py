@@ -1,7 +1,8 @@
 """Move blocks between a dense batch and packed features.
 
 `pack` keeps the visible blocks, `unpack` puts them back and fills the rest; each is the other's
-gradient. No accumulation, so both are deterministic. Letters as in `mask.py`.
+gradient. No accumulation, so both are deterministic. On a GPU Triton's kernels do it, in the
+precisions they have. Letters as in `mask.py`.
 """
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparsemae.kernels.mask import BlockMask
+from sparsemae.kernels.registry import choose
 from sparsemae.kernels.rows import own
 
 
@@ -16,6 +18,10 @@ def pack_blocks(
     dense: Float[Tensor, "B C D H W"], mask: BlockMask, block: tuple[int, int, int]
 ) -> Float[Tensor, "N bd bh bw C"]:
     """The visible blocks of `dense`."""
+    if choose("auto", dense.device, dense.dtype) == "triton":
+        from sparsemae.kernels import triton_scatter
+
+        return triton_scatter.pack_blocks(dense, mask, block)
     return _Pack.apply(dense, mask, block)
 
 
@@ -23,6 +29,10 @@ def unpack_blocks(
     features: Float[Tensor, "N bd bh bw C"], mask: BlockMask, fill: float | Float[Tensor, "C"]
 ) -> Float[Tensor, "B C D H W"]:
     """The dense batch with `fill` outside the visible blocks, channels-last in memory."""
+    if choose("auto", features.device, features.dtype) == "triton":
+        from sparsemae.kernels import triton_scatter
+
+        return triton_scatter.unpack_blocks(features, mask, fill)
     if isinstance(fill, Tensor):
         return _Unpack.apply(features, fill.to(features.dtype), 0.0, mask)
     return _Unpack.apply(features, None, fill, mask)

@@ -13,7 +13,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib.resources import files
 
-import torch
 import triton
 from torch import Tensor
 
@@ -78,12 +77,6 @@ def tile(kernel: str, x: Tensor, *, k: int, n: int, width: int, rows: int, taps:
     if found is None:
         found = RULES[kernel](chip_of(x), bits, k, n, taps)
     return _split(kernel, found, k, n, rows, taps)
-
-
-def precision(x: Tensor) -> str:
-    """How float32 products are computed: as cuDNN's convolutions, see torch.backends.cudnn."""
-    conv = torch.backends.cudnn.conv
-    return "tf32" if x.dtype == torch.float32 and conv.fp32_precision == "tf32" else "ieee"
 
 
 def power_of_2(n: int, least: int, most: int) -> int:

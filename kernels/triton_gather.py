@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsemae.kernels.launch import launch
-from sparsemae.kernels.tiles import Triple, precision, tile
+from sparsemae.kernels.precision import precision
+from sparsemae.kernels.tiles import Triple, tile
 from sparsemae.kernels.triton_index import coordinates, locate, moments
 
 

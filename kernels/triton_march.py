@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsemae.kernels.launch import launch
-from sparsemae.kernels.tiles import Tile, precision
+from sparsemae.kernels.precision import precision
+from sparsemae.kernels.tiles import Tile
 from sparsemae.kernels.triton_index import locate, merge
 
 

@@ -32,11 +32,11 @@ SAMPLE_ELEMENTS = 16384
 
 @triton.jit
 def _moments(x, first, live, count):
-    """Mean and sum of squared deviations of the `count` live rows of a tile."""
-    shifted = tl.where(live[:, None], x - first[None, :], 0.0)
+    """Mean, less `first`, and squared deviations of the `count` live rows of a tile."""
+    shifted = tl.where(live[:, None], x.to(tl.float32) - first[None, :], 0.0)
     mean = tl.sum(shifted, 0) / count
     deviation = tl.where(live[:, None], shifted - mean[None, :], 0.0)
-    return first + mean, tl.sum(deviation * deviation, 0)
+    return mean, tl.sum(deviation * deviation, 0)
 
 
 @triton.jit
@@ -79,12 +79,13 @@ def _statistics_kernel(
         live = rows < total
         mask = live[:, None] & (cols < C)[None, :]
         first = tl.load(x_ptr + (begin + start) * C + cols, mask=cols < C, other=0.0)
+        first = first.to(tl.float32)
         x = tl.load(x_ptr + (begin + rows)[:, None] * C + cols[None, :], mask=mask, other=0.0)
         count = tl.minimum(total - start, ROWS).to(tl.float32)
-        mean, squares = _moments(x.to(tl.float32), first.to(tl.float32), live, count)
+        mean, squares = _moments(x, first, live, count)
         part = sample.to(tl.int64) * tl.num_programs(0) + chunk
         out = partials_ptr + part * (2 * C) + cols
-        tl.store(out, mean, mask=cols < C)
+        tl.store(out, first + mean, mask=cols < C)
         tl.store(out + C, squares, mask=cols < C)
 
 
@@ -111,15 +112,15 @@ def _merge_kernel(
     parts = ((total + rows - 1) // rows).to(tl.int32)
     first = group * PARTS
     end = parts if FINISH else tl.minimum(parts, first + PARTS)
-    mean = tl.zeros([COLS], dtype=tl.float32)
+    any_part = (first < end) & (cols < C)
+    origin = tl.load(partials_ptr + (before + first) * (2 * C) + cols, mask=any_part, other=0.0)
+    mean = tl.zeros([COLS], dtype=tl.float32)  # less `origin`
     squares = tl.zeros([COLS], dtype=tl.float32)
     count = 0.0
     for start in range(first, end, PARTS):
         part = start + tl.arange(0, PARTS)
         mask = (part < end)[:, None] & (cols < C)[None, :]
         source = partials_ptr + (before + part)[:, None] * (2 * C) + cols[None, :]
-        origin = partials_ptr + (before + start) * (2 * C) + cols
-        origin = tl.load(origin, mask=cols < C, other=0.0)
         means = tl.load(source, mask=mask, other=0.0)
         deviations = tl.load(source + C, mask=mask, other=0.0)
         covered = tl.minimum(tl.maximum(total - part.to(tl.int64) * rows, 0), rows)
@@ -129,9 +130,8 @@ def _merge_kernel(
         shift = tl.sum(shifted * covered[:, None], 0) / step
         shifted -= shift[None, :]
         deviations += shifted * shifted * covered[:, None]
-        mean, squares, count = _merge(
-            mean, squares, count, origin + shift, tl.sum(deviations, 0), step
-        )
+        mean, squares, count = _merge(mean, squares, count, shift, tl.sum(deviations, 0), step)
+    mean += origin
     if FINISH:
         out = out_ptr + sample.to(tl.int64) * (2 * C) + cols
         variance = squares / tl.maximum(total.to(tl.float32), 1.0)
@@ -196,18 +196,20 @@ def _sample_kernel(
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     begin, total = sample_rows(starts_ptr, sample, VOXELS)
     total = total.to(tl.int32)
-    mean = tl.zeros([COLS], dtype=tl.float32)
+    any_row = (total > 0) & (cols < C)
+    first = tl.load(x_ptr + begin * C + cols, mask=any_row, other=0.0).to(tl.float32)
+    mean = tl.zeros([COLS], dtype=tl.float32)  # less `first`
     squares = tl.zeros([COLS], dtype=tl.float32)
     count = 0.0
     for start in range(0, total, ROWS):
         rows = start + tl.arange(0, ROWS)
         live = rows < total
         mask = live[:, None] & (cols < C)[None, :]
-        first = tl.load(x_ptr + (begin + start) * C + cols, mask=cols < C, other=0.0)
         x = tl.load(x_ptr + (begin + rows)[:, None] * C + cols[None, :], mask=mask, other=0.0)
         step = tl.minimum(total - start, ROWS).to(tl.float32)
-        other, deviations = _moments(x.to(tl.float32), first.to(tl.float32), live, step)
+        other, deviations = _moments(x, first, live, step)
         mean, squares, count = _merge(mean, squares, count, other, deviations, step)
+    mean += first
     rstd = tl.rsqrt(squares / tl.maximum(count, 1.0) + eps)
     stats = stats_ptr + sample.to(tl.int64) * (2 * C) + cols
     tl.store(stats, mean, mask=cols < C)
@@ -333,23 +335,21 @@ class _NormAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
-        as_it_is = grad if wants_residual and ctx.slope is None else None
-        dx, residual, parameters = norm_backward(
+        bent = ctx.slope is not None  # else the residual's gradient is the upstream one
+        dx, behind, parameters = norm_backward(
             grad.contiguous(),
             *ctx.saved_tensors,
             ctx.longest,
             ctx.slope,
             wants_x,
-            wants_residual and as_it_is is None,
+            wants_residual and bent,
             wants_weight or wants_bias,
         )
-        if as_it_is is not None:
-            residual = as_it_is
         return (
             dx if wants_x else None,
             parameters[1] if wants_weight else None,
             parameters[0] if wants_bias else None,
-            residual if wants_residual else None,
+            (behind if bent else grad) if wants_residual else None,
             *(None,) * 6,
         )
 
@@ -384,6 +384,7 @@ def norm_act(
             raise ValueError(f"x has {x.channels} channels, residual has {residual.channels}")
         added = added.contiguous()
     partials, rows = moments if moments is not None and len(moments[0]) else (None, 1)
+    assert partials is None or len(partials) * rows == math.prod(x.features.shape[:4])
     longest = max(x.mask.counts, default=0) * math.prod(x.block)
     features = _NormAct.apply(
         *(x.features.contiguous(), weight, bias, added, partials, x.mask.starts),

@@ -138,7 +138,7 @@ def _input_kernel(
 
 
 @triton.jit
-def _sample_kernel(
+def _sample_gradient_kernel(
     grad_ptr,  # [M, C]
     x_ptr,  # [M, C]
     y_ptr,  # [M, C] or None
@@ -224,7 +224,7 @@ def norm_backward(
         rows, columns, warps = small_tile(x, longest, SAMPLE_ELEMENTS)
         sums = stats.new_empty(samples, 2, channels)
         launch(
-            _sample_kernel,
+            _sample_gradient_kernel,
             (samples, triton.cdiv(channels, columns)),
             {
                 **inputs,

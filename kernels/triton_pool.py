@@ -22,7 +22,6 @@ from sparsemae.kernels.triton_index import coordinates
 from sparsemae.kernels.triton_rows import require_dtype, row_tile
 
 ELEMENTS, WARPS = 2048, 4  # per program
-MOST_ROWS = 512  # whose addresses fit the registers, of few channels
 
 
 @triton.jit
@@ -121,8 +120,9 @@ def _gradient_kernel(
 
 def _launch(kernel, pointers: dict[str, Tensor | None], result: Tensor, window: list[int]) -> None:
     channels, rows = result.shape[4], math.prod(result.shape[:4])
-    tile_rows, columns = row_tile(result, ELEMENTS)
-    tile_rows = min(tile_rows, MOST_ROWS)
+    vectors = channels * result.element_size() % 16 == 0
+    # without vectors every value has its own address: fewer fit the registers
+    tile_rows, columns = row_tile(result, ELEMENTS if vectors else ELEMENTS // 8)
     launch(
         kernel,
         (triton.cdiv(rows, tile_rows), triton.cdiv(channels, columns)),

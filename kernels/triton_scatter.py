@@ -350,6 +350,7 @@ def pack_blocks(
 ) -> Float[Tensor, "N bd bh bw C"]:
     """The visible blocks of `dense`, whatever its strides; masked voxels are never read."""
     require_dtype("pack", dense)
+    _require_device(mask, dense)
     return _Pack.apply(dense, mask.coords, mask.slots, tuple(block))
 
 
@@ -361,6 +362,7 @@ def unpack_blocks(
     A token may be of another precision: it is rounded where written, and its gradient is not.
     """
     require_dtype("unpack", features)
+    _require_device(mask, features)
     token, number = None, 0.0
     if not isinstance(fill, Tensor):
         number = float(fill)
@@ -369,3 +371,11 @@ def unpack_blocks(
     else:
         token = fill.to(features.dtype).contiguous()
     return _Unpack.apply(features.contiguous(), token, number, mask.coords, mask.slots)
+
+
+def _require_device(mask: BlockMask, x: Tensor) -> None:
+    if mask.slots.device != x.device:
+        raise ValueError(
+            f"the mask is on {mask.slots.device}, the tensor on {x.device}: move the mask with "
+            f"mask.to({str(x.device)!r})"
+        )

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsemae.kernels.launch import launch
-from sparsemae.kernels.tiles import Triple, power_of_2, precision, tile
+from sparsemae.kernels.precision import precision
+from sparsemae.kernels.tiles import Triple, power_of_2, tile
 from sparsemae.kernels.triton_index import coordinates, locate
 
 

@@ -126,12 +126,13 @@ def test_half_precision():
 )
 def test_statistics_come_from_the_convolution(monkeypatch, block, stride, channels):
     """Where tiles lie in single blocks, nothing reads the result again to take its moments."""
-    from sparsemae.kernels import triton_norm
+    from sparsemae.kernels import triton_backend, triton_norm
 
     calls = []
     statistics = triton_norm._statistics
     monkeypatch.setattr(triton_norm, "_statistics", lambda *a: calls.append(a) or statistics(*a))
-    monkeypatch.setattr(triton_norm, "fits_one_launch", lambda longest: False)
+    for module in (triton_norm, triton_backend):
+        monkeypatch.setattr(module, "fits_one_launch", lambda longest: False)
     mask = BlockMask.random(1, (1, 1, 2), 0.0)
     layers = Layers(stride=stride, act=LeakyReLU(), channels=channels)
     compare(layers, mask, block)
@@ -140,8 +141,12 @@ def test_statistics_come_from_the_convolution(monkeypatch, block, stride, channe
     assert len(calls) == 1
 
 
-def test_moments_of_a_mean_that_dwarfs_the_deviations():
+def test_moments_of_a_mean_that_dwarfs_the_deviations(monkeypatch):
     """They are merged from tile to tile, not taken as a difference of large sums."""
+    from sparsemae.kernels import triton_backend, triton_norm
+
+    for module in (triton_norm, triton_backend):
+        monkeypatch.setattr(module, "fits_one_launch", lambda longest: False)
     mask = BlockMask.random(1, (1, 1, 2), 0.0)
     layers = Layers(act=None, channels=(16, 16))
     nn.init.constant_(layers.conv.bias, 1e4)
@@ -150,7 +155,8 @@ def test_moments_of_a_mean_that_dwarfs_the_deviations():
         run(layers, x, None, mask, backend, dtype)[0]
         for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
     )
-    assert (values - expected).abs().max() < 3e-3  # rows of 1e4 are rounded to 1e-3
+    # rows and means of 1e4 are each rounded to 5e-4, deviations of 0.6 stretched to 1
+    assert (values - expected).abs().max() < 1e-2
 
 
 def fuses(layers, x) -> bool:
