@@ -124,6 +124,12 @@ def _gather(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
     return Tile(rows, cols, depth, warps=8 if rows * cols >= 16384 else 4, stages=3)
 
 
+def _mean(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
+    """Loads of all taps are in flight at once: no need to pipeline steps, nor registers to."""
+    deepest = (64 if bits == 16 else 32) * _rows(chip) // 128
+    return Tile(64, power_of_2(n, 16, 64), power_of_2(k, 16, deepest))
+
+
 def _spread(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
     rows = _rows(chip)
     depth = power_of_2(k, 16, 64 if bits == 16 and rows == 128 else 32)
@@ -139,14 +145,18 @@ def _wgrad(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
     held, warps = (16384, 4) if wide else (8192, 4)
     if wide and tile_size >= 8192:
         held, warps = 24576, 8
-    groups = max(1, min(math.ceil(taps / side), held // tile_size))
+    most = max(1, min(7, held // tile_size))
     if depth < 16:  # addresses of single channels fill the registers
-        groups = min(groups, 2)
-    rows = 64 if wide and depth >= 16 else 32
-    return Tile(rows, cols, depth, taps=side, groups=groups, warps=warps)
+        most = min(most, 2)
+    products = math.ceil(taps / side)
+    groups = math.ceil(products / math.ceil(products / most))  # programs of equal work
+    return Tile(
+        *(64 if wide and depth >= 16 else 32, cols, depth),
+        **{"taps": side, "groups": groups, "warps": warps, "stages": 3 if groups == 1 else 1},
+    )
 
 
-RULES = {"gather": _gather, "spread": _spread, "wgrad": _wgrad}
+RULES = {"gather": _gather, "mean": _mean, "spread": _spread, "wgrad": _wgrad}
 
 
 def _split(kernel: str, found: Tile, k: int, n: int, rows: int, taps: int) -> Tile:

@@ -198,7 +198,7 @@ def gather_conv(
     co = weight.shape[1] if swapped else weight.shape[2]
     m, voxels = x.shape[0] * math.prod(block), math.prod(block)
     taps = 1 if mean else math.prod(kernel)
-    form = tile("gather", x, k=ci, n=co, width=block[2], rows=m, taps=taps)
+    form = tile("mean" if mean else "gather", x, k=ci, n=co, width=block[2], rows=m, taps=taps)
     y = x.new_empty(x.shape[0], *block, co)
     out = y if form.splits == 1 else x.new_empty(form.splits, m, co, dtype=torch.float32)
     whole = form.splits == 1 and voxels % form.rows == 0  # every tile lies in one block

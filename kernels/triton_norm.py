@@ -27,7 +27,7 @@ from sparsemae.kernels.triton_rows import merge_groups, require_dtype, row_tile,
 
 STATISTICS_ELEMENTS, STATISTICS_WARPS = 16384, 8  # per program
 APPLY_ELEMENTS, APPLY_WARPS = 8192, 8
-SAMPLE_ELEMENTS = 16384
+SAMPLE_BYTES = 32768  # of x that a program holds
 
 
 @triton.jit
@@ -293,7 +293,7 @@ def norm_forward(
     pointers = {"x_ptr": x, "residual_ptr": residual, "weight_ptr": weight, "bias_ptr": bias}
     constants = {"C": channels, "VOXELS": math.prod(x.shape[1:4])}
     if fits_one_launch(longest):
-        tile_rows, columns, warps = small_tile(x, longest, SAMPLE_ELEMENTS)
+        tile_rows, columns, warps = small_tile(x, longest, SAMPLE_BYTES // x.element_size())
         stats = x.new_empty(samples, 2, channels, dtype=torch.float32)
         pointers |= {"stats_ptr": stats, "y_ptr": y, "starts_ptr": starts}
         launch(

@@ -34,7 +34,7 @@ def form(request, monkeypatch):
 
 
 def use(monkeypatch, form: str) -> None:
-    monkeypatch.setattr(triton_norm, "SAMPLE_ELEMENTS", 128)
+    monkeypatch.setattr(triton_norm, "SAMPLE_BYTES", 512)
     monkeypatch.setattr(triton_norm_grad, "SAMPLE_ELEMENTS", 128)
     if form == "passes":
         monkeypatch.setattr(triton_norm_grad, "SMALL_ROWS", 0)
