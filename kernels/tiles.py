@@ -102,7 +102,7 @@ def march_tile(x: Tensor, *, k: int, n: int, block: Triple) -> Tile | None:
 
 def _rows(chip: str) -> int:
     """Rows of a tile: registers hold more results where tensor cores read from shared memory."""
-    return 128 if chip.startswith(("sm_9", "sm_1")) else 64
+    return 128 if chip in ("sm_90", "sm_100", "sm_103") else 64
 
 
 def _march(chip: str, bits: int, k: int, n: int) -> Tile:
