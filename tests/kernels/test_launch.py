@@ -1,5 +1,11 @@
 """Choosing a backend, launching a kernel, and noting what would be launched elsewhere."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -131,3 +137,20 @@ def test_an_entry_comes_before_the_rule():
 def test_few_rows_split_the_sum(rows, splits):
     x = torch.empty(1, 1, 1, 1, 256, dtype=torch.bfloat16)
     assert tiles.tile("gather", x, k=256, n=256, width=1, rows=rows, taps=27).splits == splits
+
+
+@pytest.mark.slow
+def test_triton_binds_what_is_recorded():
+    """Every kernel goes through Triton's own argument binding and compiles for sm_90."""
+    script = Path(__file__).with_name("bind_kernels.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = Path(launching.__file__).parent
+    kernels = re.findall(
+        r"^def (_\w+_kernel)\(", "".join(p.read_text() for p in folder.glob("triton_*.py")), re.M
+    )
+    assert len(kernels) > 15
+    assert set(done.stdout.split()) == set(kernels)
