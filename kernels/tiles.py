@@ -140,7 +140,8 @@ def _wgrad(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
     """Taps side by side until they fill a tensor core's 64 rows; then as many groups as fit."""
     wide = bits == 16 and _rows(chip) == 128
     depth, cols = power_of_2(k, 1, 128 if wide else 64), power_of_2(n, 16, 64)
-    side = max(1, 64 // depth)
+    # 64 rows, but for float32 of few channels: Triton 3.7 does not compile that for sm_100
+    side = max(1, (64 if bits == 16 or depth >= 16 else 32) // depth)
     tile_size = side * depth * cols
     held, warps = (16384, 4) if wide else (8192, 4)
     if wide and tile_size >= 8192:
