@@ -1,4 +1,4 @@
-"""Measure: `python -m sparsemae.bench step --device cpu --patch 96 --block 16 --json FILE`."""
+"""Measure: `python -m sparsemae.bench step|kernels|static --help`."""
 
 import sys
 from dataclasses import asdict
@@ -11,7 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsemae.bench.harness import append_json, machine, peak_mib, release_memory, time_in_turn
-from sparsemae.bench.step import VARIANTS, Runner, Setting, Variant, build, check, parse_setting
+from sparsemae.bench.step import (
+    Runner,
+    Setting,
+    Variant,
+    build,
+    check,
+    parse_setting,
+    require_device,
+    variants_on,
+)
+from sparsemae.bench.tables import markdown_table, rich_table, write_markdown
 from sparsemae.errors import UserError
 
 app = typer.Typer(
@@ -21,12 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-MEMORY_FLOOR = 0.6  # of the baseline's peak
-
-
-@app.callback()
-def _commands() -> None:
-    """Keep `step` a command of its own while it is the only one."""
 
 
 @app.command()
@@ -39,19 +43,20 @@ def step(
     preset: Annotated[str, typer.Option(help="Of the network.")] = "L",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 5,
+    dtype: Annotated[str, typer.Option(help="float32; bfloat16 is autocast, on cuda.")] = "float32",
     memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
     json: Annotated[Path | None, typer.Option(help="File to append JSON lines to.")] = None,
 ) -> None:
-    """Encoder and training step against simulated sparsity, fp32."""
+    """Encoder and training step against simulated sparsity."""
     console = Console()
-    setting = parse_setting(device, patch, block, mask_ratio, batch, preset, threads)
+    setting = parse_setting(device, patch, block, mask_ratio, batch, preset, threads, dtype)
     torch.set_num_threads(threads)
-    place = torch.device(device)
+    place, variants = torch.device(device), variants_on(device)
     with console.status("checking against the reference"):
-        check(VARIANTS, setting)
+        check(variants, setting)
     timings, peaks = {}, {}
     for cases in (("encoder",), ("step-all", "step-masked", "step-third")):
-        chosen = [v for v in VARIANTS if v.case in cases]
+        chosen = [v for v in variants if v.case in cases]
         with console.status(f"timing {', '.join(cases)}"):
             runners: dict[str, Runner] = {v.name: build(v, setting) for v in chosen}
             timings |= time_in_turn(runners, place, rounds)
@@ -59,19 +64,165 @@ def step(
             release_memory()
     if memory:
         with console.status("measuring peak memory"):
-            peaks = {v.name: peak_mib(build, place, v, setting) for v in VARIANTS}
-    rows = _rows(setting, timings, peaks, machine(place))
+            peaks = {v.name: peak_mib(build, place, v, setting) for v in variants}
+    rows = _rows(variants, setting, timings, peaks, machine(place))
     console.print(_table(setting, rows))
     if json is not None:
         append_json(json, rows)
         console.print(f"{len(rows)} lines appended to {json}")
 
 
-def _rows(setting: Setting, timings, peaks, origin) -> list[dict[str, object]]:
+@app.command()
+def kernels(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    patch: Annotated[int, typer.Option(help="Voxels per axis.")] = 160,
+    block: Annotated[list[int] | None, typer.Option(help="Voxels of a cell: 16, 32.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Samples: 2, 8.")] = None,
+    mask_ratio: Annotated[list[float] | None, typer.Option(help="0.75, 0.6, 0.9, 0.")] = None,
+    operator: Annotated[list[str] | None, typer.Option(help="fwd, dgrad, wgrad...; all.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="All that run here.")] = None,
+    stage: Annotated[list[str] | None, typer.Option(help="0 to 5, or stem, down1...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 on cuda, float32 on cpu.")] = None,
+    preset: Annotated[str, typer.Option(help="Of the network.")] = "L",
+    budget: Annotated[float, typer.Option(help="Seconds; then no case is started.")] = 3600,
+    seconds: Annotated[float, typer.Option(help="To time an operator, all backends.")] = 0.5,
+    json: Annotated[Path | None, typer.Option(help="File to append JSON lines to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Folder for pictures.")] = None,
+    expect: Annotated[bool, typer.Option(help="Predict for an H200, measure nothing.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="With --expect: a document.")] = None,
+) -> None:
+    """Every operator on every layer of an encoder: checked, then timed. Exit code 1: one is wrong.
+
+    Options may be repeated. What is given first, or is a default's first value, is measured first.
+    """
+    from sparsemae.bench.cases import KINDS, OPERATORS, Selection, problems
+
+    few = ((16,), (2,), (0.75,), tuple(KINDS["conv"]))
+    usual = few if expect else ((16, 32), (2, 8), (0.75, 0.6, 0.9, 0.0), OPERATORS)
+    given = (block, batch, mask_ratio, operator)
+    chosen = (tuple(g) if g else d for g, d in zip(given, usual, strict=True))
+    on_gpu = device == "cuda" or expect
+    selection = Selection(
+        *(patch, *chosen, tuple(stage or ())),
+        *(dtype or ("bfloat16" if on_gpu else "float32"), preset),
+    )
+    cases = list(problems(selection))
+    if expect:
+        _expect(selection, cases, markdown)
+        return
+    place = require_device(device)
+    rows = _measure(selection, cases, tuple(backend or ()), place, budget, seconds, json)
+    if plot is not None:
+        from sparsemae.bench.plots import plot as draw
+
+        for path in draw(rows, plot):
+            print(path)
+    if any(row.get("refused") for row in rows):
+        raise typer.Exit(1)
+
+
+def _expect(selection, cases, markdown: Path | None) -> None:
+    from sparsemae.bench.report import EXPECTED, predictions
+    from sparsemae.bench.timing import H200
+
+    title = (
+        f"expected on an H200, {selection.dtype}, microseconds unless named: {H200.tflops} "
+        f"TFLOP/s, {H200.gbps} GB/s, L2 {H200.l2_gbps} GB/s"
+    )
+    lines = predictions(cases, selection.operators, H200, selection.preset)
+    _console().print(rich_table(title, EXPECTED, lines))
+    if markdown is not None:
+        write_markdown(markdown, "expected", markdown_table(EXPECTED, lines))
+
+
+def _measure(selection, cases, backends, place, budget, seconds, json) -> list[dict[str, object]]:
+    """All rows, completed with the machine, appended to `json` as they come."""
+    from sparsemae.bench.cases import DTYPES
+    from sparsemae.bench.kernels import ceiling_rows, encoder_totals, measure
+    from sparsemae.bench.report import measured
+    from sparsemae.bench.timing import measure_ceilings
+    from sparsemae.kernels import available
+
+    for name in set(backends) - set(available()):
+        raise UserError(f"--backend {name}: here are {', '.join(available())}")
+    console, origin, rows = _console(), machine(place), []
+
+    def keep(new) -> None:
+        new = [row | origin for row in new]
+        rows.extend(new)
+        if json is not None:
+            append_json(json, new)
+
+    ceilings, timings = measure_ceilings(place, DTYPES[selection.dtype], 2 * seconds)
+    keep(ceiling_rows(ceilings, timings, selection.dtype))
+    print(f"{origin['device']}: {ceilings.tflops:.4g} TFLOP/s, copies {ceilings.gbps:.4g} GB/s")
+    for row in measure(
+        *(cases, backends or tuple(available()), selection.operators, place, ceilings),
+        budget=budget,
+        seconds=seconds,
+        on_problem=lambda problem: print(f"{problem.kind} {problem.name}", flush=True),
+    ):
+        keep([row])
+    keep(encoder_totals(rows, selection.preset))
+    title = f"{selection.dtype}, {origin['device']}; 'vs dense' is against the better layout"
+    console.print(rich_table(title, *measured(rows)))
+    for row in rows:
+        if row["case"] == "left out":
+            print(f"left out after {budget:g} s: {len(row['cases'])} cases, {row['cases'][0]} ...")
+        elif row.get("refused"):
+            print(f"refused: {row['case']}, {row['backend']}: {row['refused']}")
+        elif row.get("skipped"):
+            print(f"skipped: {row['case']}, {row['backend'] or 'all'}: {row['skipped']}")
+    return rows
+
+
+@app.command()
+def static(
+    chip: Annotated[list[str] | None, typer.Option(help="sm_90...; all four.")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Only these, by name.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File to append JSON lines to.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Document to put the table in.")] = None,
+) -> None:
+    """Compile every shipped kernel for chips that need not be here. Exit code 1: one breaks a rule.
+
+    Rules: no stack, no spills, shared memory within the chip's limit, its matrix instructions.
+    """
+    from sparsemae.bench.binary import violations
+    from sparsemae.bench.static import CHIPS, HEADER, json_rows, run, summary
+
+    for name in set(chip or ()) - set(CHIPS):
+        raise UserError(f"--chip {name}: choose from {', '.join(CHIPS)}")
+    console = _console()
+    with console.status("recording what is launched") as status:
+
+        def progress(done: int, total: int) -> None:
+            status.update(f"compiling: {done} of {total}")
+
+        rows = run(tuple(chip or CHIPS), tuple(kernel or ()), progress)
+    lines = summary(rows)
+    console.print(rich_table(f"{len(rows)} compiled kernels", HEADER, lines, left=3))
+    broken = [(row, wrong) for row in rows for wrong in violations(row)]
+    for row, wrong in broken:
+        print(f"{row.chip} {row.kernel} {row.dtype} {row.shape}: {wrong}")
+    print(f"{len(broken)} violations")
+    if json is not None:
+        append_json(json, json_rows(rows, machine(torch.device("cpu"))))
+    if markdown is not None:
+        write_markdown(markdown, "static", markdown_table(HEADER, lines, left=3))
+    if broken:
+        raise typer.Exit(1)
+
+
+def _console() -> Console:
+    """As wide as the terminal; in a file, as wide as the tables."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def _rows(variants, setting: Setting, timings, peaks, origin) -> list[dict[str, object]]:
     """One JSON row per variant; ratios against the best baseline of its kind."""
     rows = []
-    for variant in VARIANTS:
-        rivals = [v for v in VARIANTS if v.baseline and _kind(v) == _kind(variant)]
+    for variant in variants:
+        rivals = [v for v in variants if v.baseline and _kind(v) == _kind(variant)]
         best = min(rivals, key=lambda v: timings[v.name].ms)
         peak = peaks.get(variant.name)
         lowest = min((peaks[v.name] for v in rivals if v.name in peaks), default=None)
@@ -82,7 +233,6 @@ def _rows(setting: Setting, timings, peaks, origin) -> list[dict[str, object]]:
             | {"baseline": best.name, "peak_mib": peak}
             | {"peak_ratio": None if peak is None else peak / lowest}
             | asdict(setting)
-            | {"dtype": "float32"}
             | origin
         )
     return rows
@@ -95,8 +245,8 @@ def _kind(variant: Variant) -> str:
 def _table(setting: Setting, rows: list[dict[str, object]]) -> Table:
     title = (
         f"ResEnc-{setting.preset}, {setting.batch} x {setting.patch}^3, cells of "
-        f"{setting.block}^3, {setting.mask_ratio:.0%} masked, fp32, {rows[0]['device']}, "
-        f"{setting.threads} threads"
+        f"{setting.block}^3, {setting.mask_ratio:.0%} masked, {setting.dtype}, "
+        f"{rows[0]['device']}, {setting.threads} threads"
     )
     table = Table(title=title)
     for name in ("variant", "ms", "min - max", "speed", "floor", "peak MiB", "of baseline"):

@@ -10,11 +10,12 @@ import datetime
 import gc
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,10 +39,28 @@ def time_in_turn(
     on_round: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Timing]:
     """Run every variant once per round, after one round that does not count."""
+    with fastest_algorithms():
+        seconds = seconds_in_turn(variants, device, rounds, on_round)
+    return {
+        name: Timing(*(1e3 * f(s) for f in (statistics.median, min, max)))
+        for name, s in seconds.items()
+    }
+
+
+def seconds_in_turn(
+    variants: dict[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    on_round: Callable[[int], None] = lambda done: None,
+    *,
+    collect: bool = True,
+) -> dict[str, list[float]]:
+    """What each counted round of each variant took; `collect` garbage before each run."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for done in range(rounds + 1):
         for name, run in variants.items():
-            gc.collect()
+            if collect:
+                gc.collect()
             _wait(device)
             start = time.perf_counter()
             run()
@@ -49,20 +68,19 @@ def time_in_turn(
             if done:
                 seconds[name].append(time.perf_counter() - start)
         on_round(done)
-    return {
-        name: Timing(*(1e3 * f(s) for f in (statistics.median, min, max)))
-        for name, s in seconds.items()
-    }
+    return seconds
 
 
 def peak_mib(build: Callable[..., Callable[[], object]], device: torch.device, *args) -> float:
     """Peak memory in MiB of two runs of `build(*args)()`, what it builds included.
 
-    Measured in a fresh process: resident memory on the CPU, allocated tensors on CUDA.
+    Resident memory of a fresh process on the CPU; tensors of this process on CUDA.
     """
+    if device.type == "cuda":
+        return _peak_cuda(build, args)
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_peak, args=(send, build, device.type, args))
+    process = context.Process(target=_measure_peak, args=(send, build, args))
     process.start()
     send.close()
     try:
@@ -74,19 +92,27 @@ def peak_mib(build: Callable[..., Callable[[], object]], device: torch.device, *
     return peak
 
 
-def _measure_peak(send, build, device: str, args) -> None:
-    torch.ones(1, device=device).sum().item()  # the libraries' own memory does not count
-    cuda = device == "cuda"
-    before = torch.cuda.memory_allocated() if cuda else _status("VmRSS")
-    if not cuda:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+def _peak_cuda(build, args) -> float:
+    release_memory()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with fastest_algorithms():
+        run = build(*args)
+        run()
+        run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _measure_peak(send, build, args) -> None:
+    torch.ones(1).sum().item()  # the libraries' own memory does not count
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
     run = build(*args)
     run()
     run()
-    if cuda:
-        send.send((torch.cuda.max_memory_allocated() - before) / 2**20)
-    else:
-        send.send(_status("VmHWM") - before)
+    send.send(_status("VmHWM") - before)
 
 
 def _status(field: str) -> float:
@@ -94,6 +120,17 @@ def _status(field: str) -> float:
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+@contextlib.contextmanager
+def fastest_algorithms() -> Iterator[None]:
+    """cuDNN tries its algorithms at the first call of each shape: its best, as a rival deserves."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def _wait(device: torch.device) -> None:
@@ -133,7 +170,7 @@ def _commit() -> str:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             return done.stdout.strip()
-    return "unknown"
+    return os.environ.get("COMMIT", "unknown")  # of a copy without its history
 
 
 def append_json(path: Path, rows: list[dict[str, object]]) -> None:

@@ -111,17 +111,18 @@ def _march(chip: str, bits: int, k: int, n: int) -> Tile:
         return Tile(rows, min(cols, 32), power_of_2(k, 16, 32), stages=1 if bits == 16 else 3)
     if bits == 16 and k <= 32 and n <= 32:
         return Tile(64, cols, power_of_2(k, 16, 32), resident=True)
-    depth = power_of_2(k, 16, 64 if bits == 16 else 32)
+    depth = power_of_2(k, 16, 64 if bits == 16 and chip == "sm_90" else 32)
     return Tile(rows, cols, depth, warps=8 if cols * depth >= 2048 else 4, stages=2)
 
 
 def _gather(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
     rows, cols = _rows(chip), power_of_2(n, 16, 128 if bits == 16 else 64)
-    if k < 16 and taps > 1:
+    if k <= 8 and taps > 1:
         depth = triton.next_power_of_2(k)
         return Tile(rows, min(cols, 64), depth, taps=32 // depth)
     depth = power_of_2(k, 16, 64 if bits == 16 and rows == 128 else 32)
-    return Tile(rows, cols, depth, warps=8 if rows * cols >= 16384 else 4, stages=3)
+    stages = 2 if bits == 32 and chip == "sm_100" else 3
+    return Tile(rows, cols, depth, warps=8 if rows * cols >= 16384 else 4, stages=stages)
 
 
 def _mean(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
@@ -133,7 +134,9 @@ def _mean(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
 def _spread(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
     rows = _rows(chip)
     depth = power_of_2(k, 16, 64 if bits == 16 and rows == 128 else 32)
-    return Tile(rows, power_of_2(n, 16, 64), depth, stages=3)
+    warps = 8 if chip == "sm_100" else 4
+    stages = 1 if bits == 32 and chip == "sm_100" else 3
+    return Tile(rows, power_of_2(n, 16, 64), depth, warps=warps, stages=stages)
 
 
 def _wgrad(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
@@ -149,12 +152,13 @@ def _wgrad(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
     most = max(1, min(7, held // tile_size))
     if depth < 16:  # addresses of single channels fill the registers
         most = min(most, 2)
+    simple = bits == 32 and chip == "sm_100"  # anything longer spills there
+    if simple:
+        most, warps = 1, 8
     products = math.ceil(taps / side)
     groups = math.ceil(products / math.ceil(products / most))  # programs of equal work
-    return Tile(
-        *(64 if wide and depth >= 16 else 32, cols, depth),
-        **{"taps": side, "groups": groups, "warps": warps, "stages": 3 if groups == 1 else 1},
-    )
+    rows, stages = 64 if wide and depth >= 16 else 32, 3 if groups == 1 and not simple else 1
+    return Tile(rows, cols, depth, taps=side, groups=groups, warps=warps, stages=stages)
 
 
 RULES = {"gather": _gather, "mean": _mean, "spread": _spread, "wgrad": _wgrad}

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sparsemae.bench import __main__ as command
 from sparsemae.bench.harness import peak_mib, time_in_turn
-from sparsemae.bench.step import VARIANTS, Setting, build, check
+from sparsemae.bench.step import VARIANTS, Setting, build, check, variants_on
 from sparsemae.kernels import torch_conv
 
 SMALL = Setting("cpu", 32, 8, 0.75, 1, "tiny", torch.get_num_threads())
@@ -39,6 +39,28 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         check(VARIANTS, SMALL)
 
 
+def test_below_float32_the_reference_sets_the_tolerance(monkeypatch):
+    low = replace(SMALL, dtype="bfloat16")
+    check(VARIANTS, low)
+    right = torch_conv._columns
+    monkeypatch.setattr(torch_conv, "_columns", lambda *args: right(*args).flip(1))
+    with pytest.raises(RuntimeError, match=r"encoder torch differs from the reference by .*, more"):
+        check(VARIANTS, low)
+
+
+def test_a_gpu_also_runs_triton_and_has_floors_of_its_own():
+    assert variants_on("cpu") == VARIANTS
+    found = variants_on("cuda")
+    assert [v.name for v in found[: len(VARIANTS)]] == [v.name for v in VARIANTS]
+    floors = {v.name: v.floor for v in found if v.floor is not None}
+    assert floors == {
+        "encoder triton": 3.5,
+        "step-all triton": 1.6,
+        "step-masked triton": 2.0,
+        "step-third triton": 2.6,
+    }
+
+
 def test_variants_are_timed_in_turn():
     calls = []
     variants = {name: (lambda name=name: calls.append(name)) for name in "ab"}
@@ -62,6 +84,8 @@ def test_peak_memory_counts_weights_and_activations():
         (["--mask-ratio", "1"], "mask.ratio 1.0 leaves"),
         (["--block", "48"], "use (32, 32, 32) or a multiple"),
         (["--preset", "huge"], "choose from tiny"),
+        (["--dtype", "float64"], "--dtype float64: choose from float32, bfloat16"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16: on the CPU this benchmark runs in float32"),
     ],
 )
 def test_bad_input_is_one_line(arguments, remedy):
