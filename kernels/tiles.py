@@ -135,8 +135,7 @@ def _spread(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
     rows = _rows(chip)
     depth = power_of_2(k, 16, 64 if bits == 16 and rows == 128 else 32)
     warps = 8 if chip == "sm_100" else 4
-    stages = 1 if bits == 32 and chip == "sm_100" else 3
-    return Tile(rows, power_of_2(n, 16, 64), depth, warps=warps, stages=stages)
+    return Tile(rows, power_of_2(n, 16, 64), depth, warps=warps, stages=3)
 
 
 def _wgrad(chip: str, bits: int, k: int, n: int, taps: int) -> Tile:
