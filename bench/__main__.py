@@ -1,4 +1,4 @@
-"""Measure: `python -m sparsemae.bench step|kernels|static --help`."""
+"""Measure: `python -m sparsemae.bench step|kernels|static|tune --help`."""
 
 import sys
 from dataclasses import asdict
@@ -211,6 +211,44 @@ def static(
         write_markdown(markdown, "static", markdown_table(HEADER, lines, left=3))
     if broken:
         raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    device: Annotated[
+        str, typer.Option(help="cuda: times of another device tell nothing.")
+    ] = "cuda",
+    patch: Annotated[int, typer.Option(help="Voxels per axis.")] = 160,
+    block: Annotated[list[int] | None, typer.Option(help="Voxels of a cell: 16, 32.")] = None,
+    batch: Annotated[int, typer.Option(help="Samples.")] = 2,
+    mask_ratio: Annotated[float, typer.Option(help="Fraction of cells hidden.")] = 0.75,
+    stage: Annotated[list[str] | None, typer.Option(help="0 to 5, or stem, down1...")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    preset: Annotated[str, typer.Option(help="Of the network.")] = "L",
+    budget: Annotated[float, typer.Option(help="Seconds; then no shape is started.")] = 3600,
+    seconds: Annotated[float, typer.Option(help="To time the tiles of a shape.")] = 2.0,
+    table: Annotated[Path | None, typer.Option(help="tiles.toml to write; the package's.")] = None,
+) -> None:
+    """Time the tiles of every convolution on this GPU and write the faster ones into the table."""
+    from sparsemae.bench.cases import KINDS, Selection
+    from sparsemae.bench.tune import SHIPPED, merge, tune_all
+
+    if require_device(device).type != "cuda":
+        raise UserError(f"--device {device}: tiles are chosen on the GPU they are for; use cuda")
+    cells = tuple(block or (16, 32))
+    selection = Selection(
+        *(patch, cells, (batch,), (mask_ratio,), tuple(KINDS["conv"]), tuple(stage or ())),
+        *(dtype, preset),
+    )
+
+    def show(outcome) -> None:
+        verdict = "kept" if outcome.tile is None else f"{outcome.ms / outcome.best_ms:.2f}x faster"
+        name = " ".join(map(str, outcome.target.key))
+        print(f"{name}: {outcome.ms:.3f} ms, {outcome.tried} tiles tried, {verdict}", flush=True)
+
+    outcomes = tune_all(selection, torch.device(device), seconds, budget, show)
+    path = table or SHIPPED
+    print(f"{merge(path, outcomes)} entries changed in {path}; run `static` on them before use")
 
 
 def _console() -> Console:

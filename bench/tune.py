@@ -27,6 +27,7 @@ CLEARLY = 1.03  # how many times faster than the tile in use
 HEADER = (
     "# Tiles that differ from the rule in tiles.py, written by `python -m sparsemae.bench tune`.\n"
 )
+SHIPPED = Path(tiles.__file__).with_name("tiles.toml")
 NO_MARCH = Tile(0, 0, 0)  # an entry that leaves a shape to the gather
 
 

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from typer.testing import CliRunner
+
+from sparsemae.bench import __main__ as command
 from sparsemae.bench import tune
 from sparsemae.bench.cases import Selection
 from sparsemae.bench.timing import Spread
+from sparsemae.errors import UserError
 from sparsemae.kernels import tiles
 from sparsemae.kernels.tiles import Tile
 
@@ -95,9 +99,7 @@ def test_the_table_is_merged(tmp_path):
 
 
 def test_the_shipped_table_is_as_the_tuner_writes_it(tmp_path):
-    from importlib.resources import files
-
-    shipped = files("sparsemae.kernels").joinpath("tiles.toml").read_text()
+    shipped = tune.SHIPPED.read_text()
     (tmp_path / "tiles.toml").write_text(shipped)
     tune.merge(tmp_path / "tiles.toml", [])
     assert (tmp_path / "tiles.toml").read_text() == shipped
@@ -112,3 +114,9 @@ def test_candidates(kernel, k, n, bits):
         for number in (form.rows, form.cols, form.depth):
             assert number & (number - 1) == 0
     assert (tune.NO_MARCH in pool) == (kernel == "march")
+
+
+def test_tiles_are_not_tuned_on_a_cpu():
+    result = CliRunner().invoke(command.app, ["tune", "--device", "cpu"])
+    assert isinstance(result.exception, UserError)
+    assert "--device cpu: tiles are chosen on the GPU they are for" in str(result.exception)
