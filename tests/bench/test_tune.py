@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from typer.testing import CliRunner
 
 from sparsemae.bench import __main__ as command
