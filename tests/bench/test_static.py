@@ -102,7 +102,7 @@ def test_ptx_is_counted_where_there_is_no_disassembly():
 
 def test_amd_assembly_is_counted():
     found = parse_amdgcn(AMDGCN, 24576)
-    assert found == Resources(188, 24, 6, 24576, 6, 2, 0, {"MFMA": 1}, "amdgcn")
+    assert found == Resources(188, 24, 5, 24576, 6, 2, 0, {"MFMA": 1}, "amdgcn")
 
 
 @pytest.mark.parametrize(
