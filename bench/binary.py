@@ -20,8 +20,8 @@ _PTX_MATRIX = {"UTCMMA": r"\btcgen05\.mma", "HGMMA": r"\bwgmma\.mma_async", "HMM
 class Resources:
     """Of one kernel: registers and stack per thread, shared memory per block in bytes.
 
-    `spills` counts instructions that reach the stack (AMD: vector registers moved there), `matrix` the
-    matrix instructions by family, `wide_loads` 16-byte loads of global memory, through registers or
+    `spills` counts instructions that reach the stack (AMD: vector registers moved there), `matrix`
+    the matrix instructions by family, `wide_loads` 16-byte loads of global memory, through registers or
     straight to shared memory; the latter are `copies` too, whatever their width.
     """
 
