@@ -21,8 +21,8 @@ class Resources:
     """Of one kernel: registers and stack per thread, shared memory per block in bytes.
 
     `spills` counts instructions that reach the stack (AMD: vector registers moved there), `matrix`
-    the matrix instructions by family, `wide_loads` 16-byte loads of global memory, through registers or
-    straight to shared memory; the latter are `copies` too, whatever their width.
+    the matrix instructions by family, `wide_loads` 16-byte loads of global memory, through
+    registers or straight to shared memory; the latter are `copies` too, whatever their width.
     """
 
     registers: int

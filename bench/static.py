@@ -15,8 +15,9 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 CHIPS = tuple(TARGETS)
+Launched = dict[Kernel, tuple[str, ...]]  # kernels, and what launches them
 # Kernels that must multiply on the chip's fastest matrix unit where operands have 16 bits.
 MAIN = ("_march_kernel", "_gather_kernel", "_spread_kernel", "_wgrad_kernel")
 
@@ -119,11 +121,14 @@ def _nvidia(tool: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([path, *arguments], capture_output=True, text=True)
 
 
+def _row(kernel: Kernel, cases: tuple[str, ...]) -> Row:
+    main = is_main(kernel)
+    return Row(kernel.chip, kernel.name, kernel.dtype, kernel.shape, main, None, cases=cases)
+
+
 def judge(kernel: Kernel, cases: tuple[str, ...] = ()) -> Row:
     """The row of one kernel; a failure to compile is a row too."""
-    row = Row(
-        *(kernel.chip, kernel.name, kernel.dtype, kernel.shape, is_main(kernel), None), cases=cases
-    )
+    row = _row(kernel, cases)
     try:
         found, seconds = compile_kernel(kernel)
     except Exception as error:  # the compiler's own errors have no common type
@@ -143,17 +148,58 @@ def run(
         names: Only kernels of these names; all if empty.
     """
     require_compiler()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        jobs: list[Future[Row]] = []
-        for found in pool.map(record, chips):
-            chosen = [k for k in found if not names or k.name in names]
-            jobs += [pool.submit(judge, kernel, found[kernel]) for kernel in chosen]
-        rows = []
-        for done, job in enumerate(as_completed(jobs), start=1):
-            rows.append(job.result())
-            on_progress(done, len(jobs))
+    found: Launched = {}
+    with _pool(os.cpu_count()) as pool:
+        for launched in pool.map(record, chips):
+            found |= {k: cases for k, cases in launched.items() if not names or k.name in names}
+    rows = []
+    for row in judge_all(found):
+        rows.append(row)
+        on_progress(len(rows), len(found))
     return sorted(rows, key=lambda r: (chips.index(r.chip), r.kernel, r.dtype, r.shape))
+
+
+def judge_all(kernels: Launched) -> Iterator[Row]:
+    """Rows in the order they are done, on every core.
+
+    A compiler that fails an assertion takes its process down, and the pool with it: what was being
+    compiled then is compiled again, each kernel alone, and the rest goes on.
+    """
+    waiting = dict(kernels)
+    while waiting:
+        with tempfile.TemporaryDirectory() as folder, _pool(os.cpu_count()) as pool:
+            jobs = {}
+            for i, (kernel, cases) in enumerate(waiting.items()):
+                mark = Path(folder, str(i))  # is there while it is being compiled
+                jobs[pool.submit(_judge_marked, kernel, cases, mark)] = kernel, mark
+            for job in as_completed(jobs):
+                if not isinstance(job.exception(), BrokenProcessPool):
+                    del waiting[jobs[job][0]]
+                    yield job.result()
+            suspects = [kernel for kernel, mark in jobs.values() if mark.exists()]
+        if waiting and not suspects:
+            raise RuntimeError("processes of the compiler die before they compile anything")
+        for kernel in suspects:
+            yield _judge_alone(kernel, waiting.pop(kernel))
+
+
+def _judge_marked(kernel: Kernel, cases: tuple[str, ...], mark: Path) -> Row:
+    mark.touch()
+    row = judge(kernel, cases)
+    mark.unlink()
+    return row
+
+
+def _judge_alone(kernel: Kernel, cases: tuple[str, ...]) -> Row:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(judge, kernel, cases).result()
+        except BrokenProcessPool:
+            return replace(_row(kernel, cases), error="the compiler took its process down")
+
+
+def _pool(processes: int | None) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
 
 
 def json_rows(rows: list[Row], origin: dict[str, object]) -> list[dict[str, object]]:

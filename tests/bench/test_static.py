@@ -19,7 +19,7 @@ from sparsemae.bench.binary import (
     violations,
 )
 from sparsemae.bench.shipped import Kernel
-from sparsemae.bench.static import CHIPS, HEADER, MAIN, json_rows, summary
+from sparsemae.bench.static import CHIPS, HEADER, MAIN, json_rows, judge_all, summary
 from sparsemae.errors import UserError
 
 USAGE = """
@@ -250,6 +250,21 @@ def test_compiled_faults_are_found_and_the_launcher_reuses_what_was_compiled(tmp
     assert "bytes of shared memory, sm_90 has 232448" in shared
     assert "bytes of stack" in spills
     assert hits == "[True]"
+
+
+@pytest.mark.slow
+def test_a_compiler_that_crashes_fails_its_kernel_only(tmp_path, monkeypatch):
+    (tmp_path / "deadly.py").write_text("import os\nos._exit(6)\n")
+    monkeypatch.syspath_prepend(tmp_path)  # which spawned processes inherit
+    names = ("deadly", "missing1", "deadly", "missing2")
+    kernels = {
+        Kernel("sm_90", name, f"_k{i}", (("x_ptr", "*fp32"),), (), 4, 1): ("case",)
+        for i, name in enumerate(names)
+    }
+    errors = {row.kernel: row.error for row in judge_all(kernels)}
+    assert sorted(errors) == ["_k0", "_k1", "_k2", "_k3"]
+    assert errors["_k0"] == errors["_k2"] == "the compiler took its process down"
+    assert "No module named 'missing1'" in errors["_k1"]
 
 
 @pytest.mark.slow
