@@ -114,7 +114,7 @@ def test_wheel(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     version = wheel.name.split("-")[1]
     assert {n.split("/")[0] for n in names} == {"sparsemae", f"sparsemae-{version}.dist-info"}
-    assert "sparsemae/py.typed" in names
+    assert {"sparsemae/py.typed", "sparsemae/kernels/tiles.toml"} <= set(names)
     recipes = {f"sparsemae/recipes/{p.name}" for p in (ROOT / "sparsemae/recipes").glob("*.toml")}
     assert recipes <= set(names)
     modules = {"/".join(p.relative_to(ROOT).parts) for p in files(*INSTALLED)}
