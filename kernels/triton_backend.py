@@ -42,7 +42,7 @@ def conv_norm_act(
     The convolution's epilogue takes the norm's statistics where its tiles lie in single blocks,
     unless a sample is so small that the norm holds it at once.
     """
-    block = (b // s for b, s in zip(x.block, window or stride, strict=True))
+    block = [b // s for b, s in zip(x.block, window or stride, strict=True)]  # a list is traced
     epilogue = not fits_one_launch(max(x.mask.counts, default=0) * math.prod(block))
     if window is None:
         features, moments = convolve(x, weight, bias, stride, wants_moments=epilogue)
