@@ -133,7 +133,9 @@ WRONG = {  # override: what its message says after the key
     "decode=1": "should be 'all' or 'masked' or should be less than 1, got 1",
     "decode=true": "got True",
     "model.preset=l": "unknown preset, choose from tiny, S, M, L, XL, got 'l'",
-    "backend=cudnn": "unknown backend, choose from auto, reference, torch, triton, spconv, got 'cudnn'",
+    "backend=cudnn": (
+        "unknown backend, choose from auto, reference, torch, triton, spconv, got 'cudnn'"
+    ),
     "model=tiny": "a section of keys, not a value, got 'tiny'",
     "seed=-1": "should be greater than or equal to 0, got -1",
 }
