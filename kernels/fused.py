@@ -50,6 +50,8 @@ def conv_norm_act(
 def _fuses(x, conv, norm, act, pool) -> bool:
     if type(x) is not BlockTensor or (type(conv), type(norm)) != (Conv3d, InstanceNorm3d):
         return False
+    if registry.choose(conv.backend, x.device, x.dtype) != "triton":
+        return False
     if act is not None and type(act) not in (LeakyReLU, ReLU):
         return False
     if type(act) is LeakyReLU and act.negative_slope < 0:  # its sign would not tell the slope
@@ -59,9 +61,7 @@ def _fuses(x, conv, norm, act, pool) -> bool:
         if type(pool) is not AvgPool3d or (conv.kernel_size, conv.stride) != (POINT, POINT):
             return False
         stride, backends = tiling_window(pool), {*backends, pool.backend}
-    if len(backends) > 1 or coarser_than_grid(x.block, stride):
-        return False
-    return registry.choose(conv.backend, x.device, x.dtype) == "triton"
+    return len(backends) == 1 and not coarser_than_grid(x.block, stride)
 
 
 def _fused(x, conv, norm, act, residual, pool):

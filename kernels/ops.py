@@ -127,9 +127,8 @@ def coarser_than_grid(block: Triple, stride: Triple) -> bool:
 def autocast(x: Masked, *parameters: Tensor | None):
     """Cast to the autocast dtype of the device where autocast is on, as dense convolutions do."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x, *parameters
-    if x.dtype == torch.float64:
+    known = torch.amp.is_autocast_available(device)  # not of tensors without storage
+    if not known or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         return x, *parameters
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), *(p if p is None else p.to(dtype) for p in parameters)

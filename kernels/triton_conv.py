@@ -87,16 +87,14 @@ def _forward(x, neighbors, weight, bias, kernel, stride, wants_moments):
     if stride == POINT and kernel == (3, 3, 3):
         form = march_tile(x, k=x.shape[4], n=weight.shape[2], block=tuple(x.shape[1:4]))
         if form is not None:
-            y, moments = march_conv(
-                x, neighbors, weight, bias, form, mirror=False, wants_moments=wants_moments
-            )
-            return y, _or_none(y, moments)
+            y, moments = march_conv(x, neighbors, weight, bias, form, wants_moments=wants_moments)
+            return y, _or_empty(y, moments)
     block = tuple(b // s for b, s in zip(x.shape[1:4], stride, strict=True))
     y, moments = gather_conv(
         *(x, neighbors, weight, bias, block, kernel, stride, _same_padding(kernel)),
         wants_moments=wants_moments,
     )
-    return y, _or_none(y, moments)
+    return y, _or_empty(y, moments)
 
 
 @operator(
@@ -156,10 +154,10 @@ def _pool_forward(x, neighbors, weight, bias, window, wants_moments):
         mean=True,
         wants_moments=wants_moments,
     )
-    return y, _or_none(y, moments)
+    return y, _or_empty(y, moments)
 
 
-def _or_none(y: Tensor, moments: Tensor | None) -> Tensor:
+def _or_empty(y: Tensor, moments: Tensor | None) -> Tensor:
     """Operators return tensors only: no moments are an empty one."""
     return y.new_empty(0, 2, y.shape[4], dtype=torch.float32) if moments is None else moments
 
