@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Float, Float32
 from scipy import ndimage
 
+from sparsemae.data.codes import VolumeError
 from sparsemae.data.read import (
     Volume,
-    VolumeError,
     find_volumes,
     read_volume,
     volume_name,

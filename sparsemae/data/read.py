@@ -20,22 +20,12 @@ import nibabel as nib
 import numpy as np
 from jaxtyping import Float, Float32
 
+from sparsemae.data.codes import VolumeError
 from sparsemae.errors import UserError
 
 SPACING_RANGE = (0.01, 50.0)  # mm; outside it the header's unit or number is wrong
 SUFFIXES = (".nii.gz", ".nii")
 _HEADER_BYTES = 352  # enough to sniff both NIfTI versions
-
-
-class VolumeError(UserError):
-    """A volume that cannot be used; `code` is short, dotted and stable, for records and scripts."""
-
-    def __init__(self, code: str, message: str):
-        super().__init__(message)
-        self.code = code
-
-    def __reduce__(self):
-        return VolumeError, (self.code, str(self))
 
 
 @dataclass(frozen=True)

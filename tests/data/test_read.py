@@ -7,7 +7,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sparsemae.data.read import VolumeError, find_volumes, read_volume
+from sparsemae.data.codes import VolumeError
+from sparsemae.data.read import find_volumes, read_volume
 from sparsemae.errors import UserError
 
 AFFINE = np.array([[2.0, 0.1, 0, -7], [-0.1, 1.5, 0.2, 3], [0, -0.2, 3.0, 11], [0, 0, 0, 1]])
