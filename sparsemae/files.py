@@ -1,7 +1,12 @@
-"""Writing files that survive a crash: forced to disk, and renamed only when whole."""
+"""Writing files that survive a crash: forced to disk, and renamed only when whole; and locks."""
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from sparsemae.errors import UserError
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -27,3 +32,23 @@ def write_atomically(path: Path, data: bytes) -> None:
     write_synced(temporary, data)
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, shared: bool = False, busy: str) -> Iterator[None]:
+    """Hold a lock on `path`, created if missing; it dies with the process, whatever ends that.
+
+    `UserError(busy)` if another process holds it. A file system without locks (some network ones)
+    grants it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
