@@ -117,7 +117,7 @@ def rgb(path):
 
 def not_finite(path):
     array = ramp().astype(np.float32)
-    array[1, 2, 3] = np.nan
+    array[1, 2, 3:6] = np.nan
     save(path, array)
 
 
@@ -153,7 +153,7 @@ BAD = {
     "4D": ("header.frames", lambda path: save(path, ramp((3, 4, 5, 2)))),
     "RGB": ("header.dtype", rgb),
     "complex": ("header.dtype", lambda path: save(path, ramp().astype(np.complex64))),
-    "unknown type": ("header.invalid", uncompressed(datatype=77)),
+    "unknown type": ("header.dtype", uncompressed(datatype=77)),
     "NaN": ("intensity.not_finite", not_finite),
     "constant": ("intensity.constant", lambda path: save(path, ramp() * 0 + 3)),
     "singular": ("geometry.affine", uncompressed(**NO_TURN, srow_x=[0, 0, 0, 1])),
