@@ -1,0 +1,88 @@
+"""Finding files: a walk through folders that ends whatever links lead where, and glob patterns.
+
+Symbolic links are followed, but a folder that is reached without one is reached so: links come
+last, and those into what was seen are left out. Hidden files and folders are skipped.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from sparsemae.data.read import SUFFIXES
+
+_MAGIC = frozenset("*?[")
+_HEADERS, _IMAGES = (".hdr", ".hdr.gz"), (".img", ".img.gz")
+Parts = tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Folder:
+    """A folder below the root of a walk, with the files in it; or why it cannot be read."""
+
+    path: str
+    parts: Parts  # names of the folders that lead to it from the root
+    files: list[str] = field(default_factory=list)  # names
+    error: OSError | None = None
+
+
+def walk(root: str, enter: Callable[[Parts], bool] = lambda parts: True) -> Iterator[Folder]:
+    """`root` and all folders below it for whose parts `enter` holds, each once."""
+    seen: set[tuple[int, int]] = set()
+    links: list[Folder] = []  # a heap would be overkill: links are few
+    stack, linked = [Folder(root, ())], False
+    while stack or links:
+        if not stack:
+            links.sort(key=lambda link: link.parts, reverse=True)
+            stack, linked = [links.pop()], True
+        folder = stack.pop()
+        try:
+            status = os.stat(folder.path)
+            key = status.st_dev, status.st_ino
+            if linked and key in seen:  # never asked of a tree without links, nor needed
+                continue
+            seen.add(key)
+            below = _list(folder, enter, links)
+        except OSError as error:
+            folder.error = error
+            below = []
+        stack += below
+        yield folder
+
+
+def _list(folder: Folder, enter: Callable[[Parts], bool], links: list[Folder]) -> list[Folder]:
+    """Fill in the files; the folders to enter, with those behind links set aside."""
+    below = []
+    with os.scandir(folder.path) as listing:
+        for item in listing:
+            if item.name.startswith("."):
+                continue
+            if not item.is_dir():  # a pipe or broken link too: the reader says what is wrong
+                folder.files.append(item.name)
+            elif enter(parts := (*folder.parts, item.name)):
+                (links if item.is_symlink() else below).append(Folder(item.path, parts))
+    return below
+
+
+def volumes(names: Iterable[str]) -> list[str]:
+    """Those names of one folder that are volumes: of a pair .hdr/.img the header."""
+    found = [n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
+    headers = {split_suffix(n)[0] for n in found if n.lower().endswith(_HEADERS)}
+    return [n for n in found if not (n.lower().endswith(_IMAGES) and split_suffix(n)[0] in headers)]
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """The name of a file without the suffix of a volume, and the suffix in lower case, or ""."""
+    lower = name.lower()
+    suffix = next((s for s in SUFFIXES if lower.endswith(s)), "")
+    return name[: len(name) - len(suffix)], suffix
+
+
+def preference(name: str) -> tuple[int, str]:
+    """Sorts names of files so that of equal ones the suffix that comes first in SUFFIXES leads."""
+    suffix = split_suffix(name)[1]
+    return (SUFFIXES.index(suffix) if suffix else len(SUFFIXES)), name
+
+
+def is_pattern(path: str) -> bool:
+    """Whether `path` has one of the characters * ? [ of a glob pattern."""
+    return not _MAGIC.isdisjoint(path)
