@@ -133,6 +133,14 @@ def test_writers_of_one_case_do_not_meet(tmp_path):
     assert len(list((tmp_path / "cases").iterdir())) == 1
 
 
+def test_air_takes_no_room(tmp_path):
+    stored = write_image(tmp_path, "a", ARRAYS["parts"])
+    crcs = [stored.crcs[at : at + 8] for at in range(0, len(stored.crcs), 8)]
+    assert [crc == "00000000" for crc in crcs] == [False, True, False, False, True]
+    air = ARRAYS["background"]
+    assert write_image(tmp_path, "b", air).bytes < 0.02 * 2 * air.size
+
+
 def test_a_box_reads_its_own_chunks_only(tmp_path, monkeypatch):
     array = volume(0, (128, 128, 128))
     stored = write_image(tmp_path, "a", array, "float32")
