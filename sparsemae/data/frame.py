@@ -117,8 +117,8 @@ def read_array(
         buffer[: len(layout.head)] = np.frombuffer(layout.head, np.uint8)
         buffer[layout.size - len(layout.tail) :] = np.frombuffer(layout.tail, np.uint8)
         array = blosc2.ndarray_from_cframe(buffer, copy=False)
-        for chunk in _touched(array.shape[1:], array.chunks[1:], start, stop):
-            _read_chunk(file.fileno(), layout, stored, chunk, memoryview(buffer))
+        chunks = _touched(array.shape[1:], array.chunks[1:], start, stop)
+        _read_chunks(file.fileno(), layout, stored, chunks, memoryview(buffer))
         box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
         return array[(slice(0, 1), *box)]
 
@@ -203,12 +203,20 @@ def _touched(shape, chunks, start, stop) -> list[int]:
     return [(i * grid[1] + j) * grid[2] + k for i, j, k in product(*ranges)]
 
 
-def _read_chunk(
-    descriptor: int, layout: _Layout, stored: StoredFile, chunk: int, buffer: memoryview
+def _read_chunks(
+    descriptor: int, layout: _Layout, stored: StoredFile, chunks: list[int], buffer: memoryview
 ) -> None:
-    a, b = int(layout.starts[chunk]), int(layout.stops[chunk])
-    _fill(descriptor, buffer[a:b], a)
-    _compare(buffer[a:b], stored, chunk)
+    """Bring chunks to their places in the frame, neighbours in the file at once, and check them."""
+    extents = [(int(layout.starts[chunk]), int(layout.stops[chunk])) for chunk in chunks]
+    runs: list[tuple[int, int]] = []
+    for a, b in extents:
+        if runs and runs[-1][1] == a:
+            a = runs.pop()[0]
+        runs.append((a, b))
+    for a, b in runs:
+        _fill(descriptor, buffer[a:b], a)
+    for chunk, (a, b) in zip(chunks, extents, strict=True):
+        _compare(buffer[a:b], stored, chunk)
 
 
 def _fill(descriptor: int, part: memoryview, start: int) -> None:
