@@ -10,3 +10,10 @@ class UserError(ValueError):
 
 class DivergedError(RuntimeError):
     """The loss or its gradient is not finite; the last checkpoint is untouched."""
+
+
+class LoaderError(RuntimeError):
+    """Reading training data failed for no fault of the input: a worker died or hung, or a bug.
+
+    The message is one line that names the case; what caused it is chained or noted.
+    """

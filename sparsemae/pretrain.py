@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import numpy
 import torch
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt
 from rich.console import Console
 from torch import Tensor
 
@@ -25,7 +25,8 @@ from sparsemae.checkpoint import (
     save_checkpoint,
 )
 from sparsemae.config import Size, Strict, dump_config, load_config
-from sparsemae.data.loader import make_loader
+from sparsemae.data.loader import DataConfig, make_loader
+from sparsemae.data.prefetch import to_device_ahead
 from sparsemae.data.store import Store
 from sparsemae.errors import UserError
 from sparsemae.kernels import registry
@@ -45,7 +46,9 @@ from sparsemae.training import (
 )
 
 # What a resumed run may change: its length, which stretches the schedule, and how it is run.
-RESUMABLE = ("train.steps", "train.save_every", "train.keep", "train.device", "data.workers")
+RESUMABLE = (
+    "train.steps", "train.save_every", "train.keep", "train.device", "data.workers", "data.timeout",
+)  # fmt: skip
 
 
 def _one_of(what: str, names: Sequence[str]):
@@ -68,15 +71,6 @@ class MaskConfig(Strict):
 
     ratio: float = Field(0.75, gt=0, lt=1)  # fraction of cells hidden in every sample
     block_size: Size | None = None  # voxels of a cell; the network's total stride if absent
-
-
-class DataConfig(Strict):
-    """`[data]`: the patches of a step."""
-
-    patch_size: Size
-    batch_size: PositiveInt
-    workers: NonNegativeInt = 0  # loader processes
-    mirror: bool = True  # flip each axis with probability 1/2
 
 
 class PretrainConfig(Strict):
@@ -173,7 +167,7 @@ def pretrain(
     meta = {
         "data": data.fingerprint,
         "store": str(store.resolve()),
-        "spacing": data.spacing,
+        "preprocess": data.config.model_dump(mode="json"),
         "versions": _versions(),
     }
 
@@ -186,16 +180,19 @@ def pretrain(
         prediction = mae(batch["image"], masks)
         return masked_mse(prediction, batch["image"], masks.scored, batch["excluded"])
 
-    batches = make_loader(
-        data,
+    loader = make_loader(
+        data.split("train"),
         config.data.patch_size,
         config.data.batch_size,
         seed=config.seed,
         steps=config.train.steps,
         start_step=state.step,
         workers=config.data.workers,
-        mirror=config.data.mirror,
+        augment=config.data,
+        foreground=config.data.foreground,
+        timeout=config.data.timeout,
     )
+    batches = to_device_ahead(loader, device)
     saved = []
     with (
         _metrics(run / "metrics.jsonl", state.step) as log,

@@ -217,13 +217,13 @@ def test_what_defines_a_run_cannot_change_when_it_is_resumed(tmp_path, store):
 
 
 def test_excluded_voxels_are_not_scored(tmp_path, monkeypatch, store):
-    make_loader = module.make_loader
+    to_device_ahead = module.to_device_ahead
 
-    def all_excluded(*arguments, **options):
-        for batch in make_loader(*arguments, **options):
+    def all_excluded(*arguments):
+        for batch in to_device_ahead(*arguments):
             yield batch | {"excluded": torch.ones_like(batch["excluded"])}
 
-    monkeypatch.setattr(module, "make_loader", all_excluded)
+    monkeypatch.setattr(module, "to_device_ahead", all_excluded)
     start(store, tmp_path / "run")
     assert {record["loss"] for record in metrics(tmp_path / "run")} == {0.0}
 
