@@ -88,7 +88,7 @@ CODES: dict[str, Code] = {
     "container.damaged": _reject("the checksum or the compressed stream is wrong", _COPY),
     "container.short": _reject("fewer bytes than the header promises", _COPY),
     "container.bomb": _reject(
-        "hundreds of MiB of a single value in a small file", "crop it, or remove the file"
+        "over 256 MiB of a single value in a small file", "crop it, or store it as integers"
     ),
     "container.excess": _reject(
         "over 1 MiB after the voxels inside the compressed stream, or a stream of empty parts",
@@ -96,6 +96,12 @@ CODES: dict[str, Code] = {
     ),
     "container.memory": _reject(
         "the machine has no memory for the voxels", "use fewer workers, or lower the voxel limit"
+    ),
+    "container.itk": _reject(
+        "an NRRD or MetaImage file, and no SimpleITK", "run `pip install 'sparsemae[itk]'`"
+    ),
+    "container.escape": _reject(
+        "a header that names a data file outside its folder", "put the data beside the header"
     ),
     "container.trailing": _warn(
         "bytes after the voxels or after the compressed stream; they are ignored",
@@ -114,6 +120,10 @@ CODES: dict[str, Code] = {
     ),
     "header.offset": _reject("no usable place where the voxels begin", _EXPORT),
     "header.extension": _reject("header extensions that run over the voxels", _EXPORT),
+    "header.field": _reject(
+        "a field of an NRRD or MetaImage header that is missing or not supported",
+        "convert it to .nii.gz",
+    ),
     "header.offset_assumed": _warn(
         "vox_offset is not usable; voxels are taken to follow the header at once", _EXPORT
     ),

@@ -22,12 +22,13 @@ from sparsemae.data.container import (
     stored_bytes,
 )
 from sparsemae.data.header import Header
+from sparsemae.data.itk import read_meta, read_nrrd
 from sparsemae.data.nifti import read_nifti
 from sparsemae.data.stream import CHUNK, RATIO, Stream
 
 SUSPICIOUS = 100  # bytes of voxels per byte on disk; of images it is at most 20
 HARMLESS = 1 << 24  # voxels that may be read whatever the ratio: 64 MiB of float32
-BOMB = 1 << 29  # bytes of one value from the start; empty ends of real label maps are shorter
+BOMB = 1 << 28  # bytes of one value from the start; empty ends of real label maps are shorter
 
 T = TypeVar("T")
 
@@ -43,17 +44,23 @@ def sniff(path: Path | str) -> Format:
 
 
 def decode(
-    findings: Findings, frame: int | None, max_voxels: int, read: Callable[[Stream, Header], T]
+    findings: Findings,
+    frame: int | None,
+    max_voxels: int,
+    read: Callable[[Stream, Header], T],
+    *,
+    constant: bool,
 ) -> tuple[T, Header]:
     """What `read` makes of the voxels of the frame, once the whole file is known to be sound.
 
-    `read` must read exactly one frame off the stream.
+    `read` must read exactly one frame off the stream. Unless `constant`, a volume of one value is
+    refused, if need be before memory is taken for it.
     """
     header = read_header(findings)
     index = _check_size(header, frame, max_voxels, findings)
     data = Findings(header.file, findings.notices)
     with open_regular(data) as (file, status):
-        _check_capacity(header, file, status, data)
+        _check_capacity(header, file, status, data, constant)
         stream = _voxel_stream(header, file, status, data)
         stream.skip(header.offset + index * header.frame_bytes)
         try:
@@ -74,8 +81,10 @@ def read_header(findings: Findings) -> Header:
         stream = Stream(file, findings, status.st_size)
         if not _is_image_half(stream):
             match format_of(stream):
-                case "nrrd" | "meta" as found:
-                    raise findings.refuse("container.not_nifti", f"{found}; convert it to .nii.gz")
+                case "nrrd":
+                    return read_nrrd(stream)
+                case "meta":
+                    return read_meta(stream)
                 case found:
                     header = read_nifti(stream, found)
             if header.file != findings.path:
@@ -119,7 +128,7 @@ def _voxel_stream(
 
 
 def _check_capacity(
-    header: Header, file: io.FileIO, status: os.stat_result, data: Findings
+    header: Header, file: io.FileIO, status: os.stat_result, data: Findings, constant: bool
 ) -> None:
     """Refuse what cannot hold its voxels, and what holds one value many times over."""
     stream = _voxel_stream(header, file, status, data)
@@ -130,29 +139,30 @@ def _check_capacity(
             "container.short",
             f"{size} bytes cannot hold the {header.end} that the header needs; copy it again",
         )
-    if header.voxels > HARMLESS and header.end > SUSPICIOUS * stored_bytes(status):
-        _refuse_bomb(stream, header)
+    if header.voxels <= HARMLESS or header.end <= SUSPICIOUS * stored_bytes(status):
+        return
+    if not _varies(stream, header) and not constant:
+        raise data.refuse("intensity.constant", "every voxel has one value; remove the file")
 
 
-def _refuse_bomb(stream: Stream, header: Header) -> None:
-    """Read ahead, keeping nothing, until the voxels vary."""
+def _varies(stream: Stream, header: Header) -> bool:
+    """Read ahead, keeping nothing, until the voxels vary; `VolumeError` if that takes too long."""
     stream.skip(header.offset)
     step = CHUNK // header.dtype.itemsize * header.dtype.itemsize
-    first, memory = bytes(step), memoryview(bytearray(step))
     left = header.frames * header.frame_bytes
+    first = stream.read(min(step, left))
+    values = np.frombuffer(first, f"V{header.dtype.itemsize}")
+    if (values != values[0]).any():
+        return True
+    left -= len(first)
     while left:
-        part = memory[: min(step, left)]
-        stream.fill(part)
-        if stream.position == header.offset + len(part):
-            first = bytes(part)
-            values = np.frombuffer(first, f"V{header.dtype.itemsize}")
-            if (values != values[0]).any():
-                return
-        elif part != first[: len(part)]:
-            return
+        part = stream.read(min(step, left))
+        if part != first[: len(part)]:
+            return True
         left -= len(part)
         if left and stream.position - header.offset >= BOMB:
             raise stream.findings.refuse(
                 "container.bomb",
-                f"a single value fills the first {BOMB >> 20} MiB; crop it, or remove the file",
+                f"a single value fills the first {BOMB >> 20} MiB; crop it, or store integers",
             )
+    return False

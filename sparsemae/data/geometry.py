@@ -9,6 +9,7 @@ import math
 import nibabel as nib
 import numpy as np
 from jaxtyping import Float
+from nibabel.spatialimages import HeaderDataError
 
 from sparsemae.data.codes import Findings
 
@@ -109,7 +110,7 @@ def _qform(fields: nib.Nifti1Header) -> Affine:
     try:
         with np.errstate(all="ignore"):
             return np.array(fields.get_qform(), np.float64)
-    except (ValueError, nib.spatialimages.HeaderDataError, nib.batteryrunners.BatteryRunner):
+    except (ValueError, HeaderDataError):
         return np.full((4, 4), np.nan)
 
 

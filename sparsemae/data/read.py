@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Shaped
 
-from sparsemae.data.codes import Findings, Notice, one_line
+from sparsemae.data.codes import Findings, Notice, VolumeError, one_line
 from sparsemae.data.decode import decode, sniff
 from sparsemae.data.geometry import SPACING_RANGE, displacement, voxel_sizes
 from sparsemae.data.header import Header
@@ -76,7 +76,7 @@ def read_volume(
     is a volume of more than `max_voxels`. Nothing but `VolumeError` is raised for a bad file.
     """
     findings = Findings(Path(path))
-    flat, header = decode(findings, frame, max_voxels, read_intensities)
+    flat, header = decode(findings, frame, max_voxels, read_intensities, constant=False)
     check_intensities(flat, header, findings)
     array, affine = _oriented(flat, header, findings)
     return Volume(array, affine, voxel_sizes(affine), findings.path, tuple(findings.notices))
@@ -85,7 +85,7 @@ def read_volume(
 def read_mask(path: Path | str, like: Volume) -> Bool[np.ndarray, "D H W"]:
     """Where the mask at `path` is not 0; `VolumeError` unless it is on the grid of `like`."""
     findings = Findings(Path(path))
-    flat, header = decode(findings, None, max(like.array.size, MAX_VOXELS), read_set)
+    flat, header = decode(findings, None, max(like.array.size, MAX_VOXELS), read_set, constant=True)
     array, affine = _oriented(flat, header, findings)
     _check_grid(array.shape, affine, like, findings)
     return array
@@ -99,7 +99,14 @@ def read_labels(
     `VolumeError` for a class that is not in `classes`, and unless the map is on the grid of `like`.
     """
     findings = Findings(Path(path))
-    flat, header = decode(findings, None, MAX_VOXELS, read_classes)
+    try:
+        flat, header = decode(findings, None, MAX_VOXELS, read_classes, constant=True)
+    except VolumeError as error:
+        if error.code != "header.frames":
+            raise
+        raise findings.refuse(
+            "labels.one_hot", "a map for each class; give one map of class numbers"
+        ) from None
     check_labels(flat, classes, findings)
     array, affine = _oriented(flat, header, findings)
     if like is not None:
