@@ -23,6 +23,7 @@ Report = Callable[[int], None]
 Work = Callable[[int, Report], Any]
 
 AHEAD = 2  # batches each worker makes before they are asked for
+PATIENCE = 5.0  # seconds for a killed process to be gone
 _IDLE = -1
 _HINTS = {signal.SIGKILL: "; if memory ran out, use fewer data.workers"}
 
@@ -100,7 +101,11 @@ class Pool:
         _OPEN.discard(self)
         self.cancel()
         for process in self._processes:
-            process.join()
+            process.join(PATIENCE)
+            if process.exitcode is None:
+                # Stuck in the kernel, as by a file server that is gone; there is no public way to
+                # keep Python from waiting for it when it exits.
+                multiprocessing.process._children.discard(process)
         for pipe in self._pipes:
             pipe.close()
         self._pipes, self._processes, self._position = [], [], len(self._items)
@@ -113,6 +118,7 @@ class Pool:
             self._pipes[position % len(self._pipes)].send(self._items[position])
         except OSError:  # the worker has just died
             self._raise_dead()
+            raise
 
     def _receive(self, worker: int) -> Any:
         """The next answer of a worker, unless any of them has died."""
@@ -132,16 +138,18 @@ class Pool:
             return wire.receive(pipe)
         except (EOFError, OSError):  # the worker has just died
             self._raise_dead()
+            raise
 
     def _raise_dead(self) -> None:
-        """Raise for a worker that has ended, or is about to."""
-        ended = wait([process.sentinel for process in self._processes])
-        worker, process = next((i, p) for i, p in enumerate(self._processes) if p.sentinel in ended)
-        process.join()
-        code, how = process.exitcode, f"ended with exit code {process.exitcode}"
-        if code < 0:
-            how = f"was killed by {signal.Signals(-code).name}{_HINTS.get(-code, '')}"
-        raise LoaderError(f"{self._at(worker)}: loader worker {worker} {how}")
+        """Raise for a worker that has ended, or is about to; return if there is none."""
+        ended = wait([process.sentinel for process in self._processes], PATIENCE)
+        for worker, process in enumerate(self._processes):
+            if process.sentinel in ended:
+                process.join()
+                code, how = process.exitcode, f"ended with exit code {process.exitcode}"
+                if code < 0:
+                    how = f"was killed by {signal.Signals(-code).name}{_HINTS.get(-code, '')}"
+                raise LoaderError(f"{self._at(worker)}: loader worker {worker} {how}")
 
     def _at(self, worker: int) -> str:
         sample = self._current[worker]
