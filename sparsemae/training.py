@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from sparsemae.config import Strict
-from sparsemae.errors import DivergedError, UserError
+from sparsemae.errors import DivergedError, LoaderError, UserError
 
 Batch = dict[str, Any]
 
@@ -70,14 +70,20 @@ def fit(
 
     Raises:
         DivergedError: The loss or the gradient norm is not finite; nothing was updated or saved.
+        LoaderError, UserError: `batches` failed; what was done until then is saved.
     """
     device = next(state.model.parameters()).device
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     state.model.train()
-    source = iter(batches)
+    source, saved = iter(batches), state.step
     while state.step < config.steps:
         start = time.perf_counter()
-        batch = to_device(next(source), device)
+        try:
+            batch = to_device(next(source), device)
+        except (LoaderError, UserError):
+            if state.step > saved:
+                save(state)
+            raise
         wait = time.perf_counter() - start
 
         lr = poly_lr(state.step, config.steps, config.lr)
@@ -102,6 +108,7 @@ def fit(
         on_step(StepRecord(state.step, values[0], lr, values[1], seconds, wait, samples))
         if state.step % config.save_every == 0 or state.step == config.steps:
             save(state)
+            saved = state.step
 
 
 def poly_lr(step: int, steps: int, peak: float, power: float = 0.9) -> float:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparsemae.errors import DivergedError, UserError
+from sparsemae.errors import DivergedError, LoaderError, UserError
 from sparsemae.training import (
     State,
     TrainConfig,
@@ -69,6 +69,20 @@ def test_the_loss_falls_and_every_step_is_recorded(options):
     assert [r.lr for r in toy.records] == [poly_lr(i, 40, toy.config.lr) for i in range(40)]
     assert all(r.samples == 8 for r in toy.records)
     assert toy.state.step == 40
+
+
+@pytest.mark.parametrize("error", [LoaderError, UserError])
+@pytest.mark.parametrize(("done", "saved"), [(0, []), (3, [2, 3]), (4, [2, 4])])
+def test_what_was_done_before_the_loader_failed_is_saved_once(error, done, saved):
+    toy = Toy(save_every=2)
+
+    def batches():
+        yield from toy.batches[:done]
+        raise error("case a")
+
+    with pytest.raises(error, match="case a"):
+        toy.fit(batches=batches())
+    assert [step for step, _ in toy.saved] == saved
 
 
 def test_a_record_is_the_loss_and_the_gradient_before_clipping_of_its_step():
