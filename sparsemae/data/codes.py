@@ -178,4 +178,20 @@ CODES: dict[str, Code] = {
     "labels.affine": _reject("another place or voxel size than the image", "resample it"),
     "labels.one_hot": _reject("one channel per class", "take the argmax over the channels"),
     "labels.empty": _warn("background only", "check the map"),
+    # entries of folders and lists: sources.py, folder.py, nnunet.py, written.py
+    "source.missing": _reject("a list names a file or mask that is not there", "correct the list"),
+    "source.outside": _reject(
+        "a relative path that leaves the folder of its list by ..", "write an absolute path"
+    ),
+    "source.id": _reject(
+        "an id that cannot be the name of a file everywhere", "use letters, digits, . _ and -"
+    ),
+    "source.duplicate_id": _reject("an id that a list gave to another file too", "give it another"),
+    "source.conflict": _reject("a file that is listed twice, and not alike", "remove one line"),
+    "source.channel": _reject(
+        "no CASE_0000 with a channel of nnU-Net's dataset.json", "rename it, or add the channel"
+    ),
+    "source.unreadable": _reject("a folder that cannot be read", "change its permissions"),
+    # volumes compared: split.py
+    "duplicate.content": _warn("another volume has the same voxels", "keep one of them"),
 }

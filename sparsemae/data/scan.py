@@ -4,15 +4,16 @@ Symbolic links are followed, but a folder that is reached without one is reached
 last, and those into what was seen are left out. Hidden files and folders are skipped.
 """
 
+import fnmatch
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from sparsemae.data.place import Parts
 from sparsemae.data.read import SUFFIXES
 
 _MAGIC = frozenset("*?[")
 _HEADERS, _IMAGES = (".hdr", ".hdr.gz"), (".img", ".img.gz")
-Parts = tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -28,7 +29,7 @@ class Folder:
 def walk(root: str, enter: Callable[[Parts], bool] = lambda parts: True) -> Iterator[Folder]:
     """`root` and all folders below it for whose parts `enter` holds, each once."""
     seen: set[tuple[int, int]] = set()
-    links: list[Folder] = []  # a heap would be overkill: links are few
+    links: list[Folder] = []
     stack, linked = [Folder(root, ())], False
     while stack or links:
         if not stack:
@@ -61,6 +62,42 @@ def _list(folder: Folder, enter: Callable[[Parts], bool], links: list[Folder]) -
             elif enter(parts := (*folder.parts, item.name)):
                 (links if item.is_symlink() else below).append(Folder(item.path, parts))
     return below
+
+
+def expand(pattern: str) -> tuple[str, list[Parts], list[Folder]]:
+    """What a glob pattern matches: its folder without wildcards, the parts of the paths below it,
+    sorted, and the folders that cannot be read.
+
+    `*`, `?` and `[...]` match within a name, but no leading dot; `**` is any number of folders.
+    """
+    wanted = pattern.split(os.sep)
+    fixed = next(i for i, part in enumerate(wanted) if is_pattern(part))
+    root = os.sep.join(wanted[:fixed]) or (os.sep if fixed else os.curdir)
+    found: set[Parts] = {()}
+    failed: list[Folder] = []
+    for part in filter(None, wanted[fixed:]):
+        folders = [parts for parts in found if os.path.isdir(os.path.join(root, *parts))]
+        found = {more for parts in folders for more in _step(root, parts, part, failed)}
+    return root, sorted(found - {()}), failed
+
+
+def _step(root: str, parts: Parts, part: str, failed: list[Folder]) -> Iterator[Parts]:
+    """The parts of a folder followed by what matches the next part of the pattern."""
+    path = os.path.join(root, *parts)
+    if part == "**":
+        for folder in walk(path):
+            if folder.error is not None:
+                failed.append(Folder(folder.path, (*parts, *folder.parts), error=folder.error))
+            yield (*parts, *folder.parts)
+    elif is_pattern(part):
+        try:
+            names = fnmatch.filter(os.listdir(path), part)
+        except OSError as error:
+            failed.append(Folder(path, parts, error=error))
+            return
+        yield from ((*parts, name) for name in names if part[0] == "." or name[0] != ".")
+    elif os.path.lexists(os.path.join(path, part)):
+        yield (*parts, part)
 
 
 def volumes(names: Iterable[str]) -> list[str]:

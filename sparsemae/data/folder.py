@@ -1,0 +1,62 @@
+"""Plain folders of volumes, flat or nested, and single files named one by one."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+from sparsemae.data.entry import Entry, mistake, problem
+from sparsemae.data.place import Parts, Root, common_folder, folders_below, id_parts
+from sparsemae.data.scan import Folder, split_suffix, volumes, walk
+
+
+def plain(root: str, *, guard: bool = False) -> Iterator[Entry]:
+    """All volumes in a folder and below. With `guard`, nnU-Net's labels are refused as images."""
+    top = Root.of(root)
+    for folder in walk(root):
+        if guard and folder.parts[-1:] == ("labelsTr",) and _is_beside(folder, "imagesTr"):
+            raise mistake(
+                os.path.dirname(folder.path),
+                "labelsTr would be taken for images; name this nnU-Net data set itself, or its "
+                "imagesTr, or say --layout folder",
+            )
+        if folder.error is not None:
+            yield unreadable(top, folder)
+        for name in volumes(folder.files):
+            yield found_at(top, folder.parts, name)
+
+
+def given(paths: Sequence[str]) -> Iterator[Entry]:
+    """Files that were named themselves: subjects as if all lay below the folder they share."""
+    if not paths:
+        return
+    shared = Root.of(common_folder(paths))
+    for path in paths:
+        above, name = os.path.split(os.path.abspath(path))
+        stem = split_suffix(name)[0]
+        origin = os.path.join(os.path.basename(above), name)
+        facts = shared.facts(folders_below(shared.path, path), stem)
+        yield Entry(path=path, parts=(stem,), origin=origin, **facts)
+
+
+def found_at(root: Root, folders: Parts, name: str) -> Entry:
+    """The file `name` in `folders` below `root`, with what its place says."""
+    stem = split_suffix(name)[0]
+    return Entry(
+        path=os.path.join(root.path, *folders, name),
+        parts=id_parts(folders, stem),
+        origin=os.path.join(root.name, *folders, name),
+        **root.facts(folders, stem),
+    )
+
+
+def unreadable(root: Root, folder: Folder) -> Entry:
+    """A folder whose volumes are unknown; of the root itself, the end of it all."""
+    text = f"cannot read this folder ({folder.error.strerror}); change its permissions"
+    if not folder.parts:
+        raise mistake(folder.path, text)
+    entry = found_at(root, folder.parts[:-1], folder.parts[-1])
+    entry.problem = problem("source.unreadable", folder.path, text)
+    return entry
+
+
+def _is_beside(folder: Folder, name: str) -> bool:
+    return os.path.isdir(os.path.join(os.path.dirname(folder.path), name))
