@@ -73,6 +73,7 @@ def encode(array: Shaped[np.ndarray, "1 D H W"]) -> bytes:
         chunks=(1, *(min(CHUNK, n) for n in size)),
         blocks=(1, *(min(BLOCK, n) for n in size)),
         cparams=CPARAMS,
+        dparams={"nthreads": 1},  # a frame records it, and the default depends on the machine
     ).to_cframe()
 
 
