@@ -1,0 +1,192 @@
+"""A volume made ready for a store or a network: cropped, resampled, normalised, its masks with it.
+
+Air stays one value on the whole way, bit for bit, so it compresses, and padding with it goes on
+without an edge. Letters: D, H, W voxels as read, d, h, w of the result.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32
+
+from sparsemae.data.codes import Notice, VolumeError, one_line
+from sparsemae.data.normalize import Flat, Scale, measure
+from sparsemae.data.options import PreprocessConfig
+from sparsemae.data.read import Volume
+from sparsemae.data.resample import Grid, resample, resample_mask, resampled_grid
+
+Triple = tuple[int, int, int]
+
+DARK = 0.25  # of the way from the 1st to the 99th percentile: tissue on the faces is above it
+_SAMPLE = 1 << 17  # voxels, evenly spread, for percentiles
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A volume ready for a store or a network; see `Case` for the fields of equal names."""
+
+    array: Float32[np.ndarray, "d h w"]  # every value is one of `config.dtype`
+    affine: Float[np.ndarray, "4 4"]
+    background: float
+    mean: float
+    std: float
+    crop_start: Triple
+    crop_stop: Triple
+    foreground: Bool[np.ndarray, "d h w"]  # the anatomy mask, or where the volume is not background
+    excluded: Bool[np.ndarray, "d h w"] | None = None  # None if no voxel is
+    warnings: tuple[Notice, ...] = field(default=())
+
+
+def prepare(
+    volume: Volume,
+    config: PreprocessConfig,
+    *,
+    excluded: Bool[np.ndarray, "D H W"] | None = None,
+    anatomy: Bool[np.ndarray, "D H W"] | None = None,
+) -> Prepared:
+    """Crop to what is not background, resample, normalise; masks stay on the volume's grid.
+
+    Statistics are taken before resampling, where air is still exactly air. Beside the volume this
+    needs 14 bytes per voxel of crop or result, whichever has more.
+
+    Raises:
+        VolumeError: `geometry.too_large` or `intensity.flat`.
+    """
+    background = background_of(volume.array)
+    start, stop = crop_box(volume.array, background)
+    box = tuple(map(slice, start, stop))
+    cropped = volume.array[box]
+    affine = np.array(volume.affine, dtype=np.float64)
+    affine[:3, 3] += affine[:3, :3] @ start
+    grid = _grid(volume, cropped.shape, affine, config)
+    inside = cropped != background
+    try:
+        scale = measure(cropped[inside], background, config)
+    except Flat as error:
+        raise VolumeError("intensity.flat", f"{volume.path}: {error}; remove the file") from None
+    array, air = _normalized(cropped, inside, scale, grid, config.dtype)
+    warnings = _notices(volume, scale, config)
+    if anatomy is not None:
+        anatomy = anatomy[box]
+        if not anatomy.any():
+            warnings.append(_notice(volume, "labels.empty", "the anatomy mask marks nothing"))
+            anatomy = None
+    foreground = inside if anatomy is None else anatomy
+    if excluded is not None:
+        excluded = _resampled(excluded[box], grid)
+        excluded = excluded if excluded.any() else None
+    return Prepared(
+        array=array,
+        affine=affine if grid is None else grid.affine(affine),
+        background=air,
+        mean=scale.mean,
+        std=scale.std,
+        crop_start=start,
+        crop_stop=stop,
+        foreground=_resampled(foreground, grid),
+        excluded=excluded,
+        warnings=tuple(warnings),
+    )
+
+
+def background_of(array: Float32[np.ndarray, "D H W"]) -> float:
+    """The intensity of air, or of whatever an image was filled with around its content.
+
+    0 if no voxel is below 0. Else, as in CT or in a z-scored image, the median of the voxels on the
+    six faces, at most 0, if these are dark: air. Where the faces cut through tissue, the volume's
+    1st percentile.
+    """
+    if array.min() >= 0:
+        return 0.0
+    faces = [array[i] for i in (0, -1)] + [array[:, i] for i in (0, -1)]
+    faces += [array[:, :, i] for i in (0, -1)]
+    values = np.concatenate([face.ravel() for face in faces])
+    middle = float(np.partition(values, values.size // 2)[values.size // 2])  # a voxel's own value
+    flat = array.reshape(-1)
+    sample = flat[:: max(1, flat.size // _SAMPLE) | 1]
+    low, high = map(float, np.percentile(sample, (1, 99), method="lower"))
+    return min(middle if middle <= low + DARK * (high - low) else low, 0.0)
+
+
+def crop_box(array: Float32[np.ndarray, "D H W"], background: float) -> tuple[Triple, Triple]:
+    """Start and stop of the smallest box that holds every voxel that is not `background`.
+
+    ValueError if there is none.
+    """
+    content = array != background
+    start, stop = [], []
+    for axis in range(3):
+        others = tuple(a for a in range(3) if a != axis)
+        hit = np.flatnonzero(content.any(axis=others))
+        if hit.size == 0:
+            raise ValueError(f"every voxel is {background:g}: nothing to crop to")
+        start.append(int(hit[0]))
+        stop.append(int(hit[-1]) + 1)
+        content = content.take(range(start[-1], stop[-1]), axis=axis)
+    return tuple(start), tuple(stop)
+
+
+def _grid(
+    volume: Volume, shape: Triple, affine: Float[np.ndarray, "4 4"], config: PreprocessConfig
+) -> Grid | None:
+    """Where the result's voxels lie; checked before anything is allocated for them."""
+    if config.spacing is None:
+        return None
+    grid = resampled_grid(shape, affine, config.spacing)
+    if (voxels := np.prod(grid.shape, dtype=object)) > config.max_voxels:
+        mm = " x ".join(f"{s:g}" for s in config.spacing)
+        raise VolumeError(
+            "geometry.too_large",
+            f"{volume.path}: {grid.shape} voxels at {mm} mm are {voxels}, more than "
+            f"{config.max_voxels}; choose a larger --spacing",
+        )
+    return grid
+
+
+def _normalized(
+    cropped: Float32[np.ndarray, "D H W"],
+    inside: Bool[np.ndarray, "D H W"],
+    scale: Scale,
+    grid: Grid | None,
+    dtype: str,
+) -> tuple[Float32[np.ndarray, "d h w"], float]:
+    """The volume in its final form, and what air became.
+
+    Splines run with air at 0, which they keep exactly, and with values of ordinary size.
+    """
+    air = np.float32(scale.background)
+    out = np.clip(cropped, np.float32(scale.low), np.float32(scale.high))
+    if not scale.low <= scale.background <= scale.high:
+        out[~inside] = air
+    out -= air
+    out /= np.float32(scale.std)
+    if grid is not None:
+        out = resample(out, grid)
+    out -= np.float32((scale.mean - scale.background) / scale.std)
+    if np.dtype(dtype) != out.dtype:
+        for part in out:  # slice by slice: no second volume
+            part[...] = part.astype(dtype)
+    shift = np.float32(0) - np.float32((scale.mean - scale.background) / scale.std)
+    return out, float(np.dtype(dtype).type(shift))
+
+
+def _resampled(mask: Bool[np.ndarray, "D H W"], grid: Grid | None) -> Bool[np.ndarray, "d h w"]:
+    return mask if grid is None else resample_mask(mask, grid)
+
+
+def _notices(volume: Volume, scale: Scale, config: PreprocessConfig) -> list[Notice]:
+    notices = []
+    if scale.clipped:
+        text = (
+            f"{scale.clipped} voxels lie absurdly far from all others; "
+            f"clipped to {scale.low:g} .. {scale.high:g}"
+        )
+        notices.append(_notice(volume, "intensity.clipped", text))
+    if config.normalization == "ct" and volume.array.min() >= 0:
+        text = "no voxel is below 0, so these are hardly Hounsfield units; check --normalization"
+        notices.append(_notice(volume, "intensity.not_hounsfield", text))
+    return notices
+
+
+def _notice(volume: Volume, code: str, text: str) -> Notice:
+    return Notice(code, one_line(f"{volume.path}: {text}"))
