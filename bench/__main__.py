@@ -1,4 +1,4 @@
-"""Measure: `python -m sparsemae.bench step|kernels|static|tune --help`."""
+"""Measure: `python -m sparsemae.bench step|kernels|data|static|tune --help`."""
 
 import sys
 from dataclasses import asdict
@@ -174,6 +174,50 @@ def _measure(selection, cases, backends, place, budget, seconds, json) -> list[d
         elif row.get("skipped"):
             print(f"skipped: {row['case']}, {row['backend'] or 'all'}: {row['skipped']}")
     return rows
+
+
+@app.command()
+def data(
+    patch: Annotated[list[int] | None, typer.Option(help="Voxels per axis: 96, 160.")] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="preprocess, read, augment, wait; all.")
+    ] = None,
+    volumes: Annotated[
+        Path | None, typer.Option(help="Folder of NIfTI files; without, heads are drawn.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Heads to draw.")] = 4,
+    size: Annotated[int, typer.Option(min=16, help="Voxels per axis of a drawn head.")] = 192,
+    samples: Annotated[int, typer.Option(min=1, help="Timed reads of each form.")] = 40,
+    batch: Annotated[int, typer.Option(min=1, help="Patches of a batch.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda, to augment and train on.")] = "cpu",
+    preset: Annotated[str, typer.Option(help="Of the network that waits for data.")] = "L",
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes for it.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of it.")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of torch.")] = 2,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder on the disk to measure; a temporary one.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="File to append JSON lines to.")] = None,
+) -> None:
+    """From files to patches: preprocessing, reading against nibabel and nnU-Net, augmentation."""
+    from sparsemae.bench.data import PARTS, Plan, measure_data
+    from sparsemae.bench.datareport import tables
+
+    for name in set(part or ()) - set(PARTS):
+        raise UserError(f"--part {name}: choose from {', '.join(PARTS)}")
+    place = require_device(device)
+    torch.set_num_threads(threads)
+    plan = Plan(
+        *(tuple(patch or (96, 160)), tuple(part or PARTS), volumes, count, size, samples, batch),
+        *(place, preset, workers, steps),
+    )
+    console, origin, rows = _console(), machine(place), []
+    for row in measure_data(plan, work):
+        rows.append(row | origin)
+        if json is not None:
+            append_json(json, rows[-1:])
+    for title, header, lines, left in tables(rows):
+        console.print(rich_table(f"{title}, {origin['device']}", header, lines, left))
 
 
 @app.command()
