@@ -38,12 +38,22 @@ class Findings:
 
     path: Path
     notices: list[Notice] = field(default_factory=list)
+    owner: Path | None = None  # the file that was asked for, if this is its other half
 
     def warn(self, code: str, text: str) -> None:
-        self.notices.append(Notice(code, one_line(f"{self.path}: {text}")))
+        self.notices.append(Notice(code, one_line(f"{self._name()}: {text}")))
 
     def refuse(self, code: str, text: str) -> VolumeError:
-        return VolumeError(code, f"{self.path}: {text}")
+        return VolumeError(code, f"{self._name()}: {text}")
+
+    def half(self, path: Path) -> "Findings":
+        """Findings about `path`, told with these."""
+        if path == self.path:
+            return self
+        return Findings(path, self.notices, self.owner or self.path)
+
+    def _name(self) -> str:
+        return f"{self.path} (of {self.owner.name})" if self.owner else f"{self.path}"
 
 
 def one_line(text: str) -> str:
@@ -178,6 +188,25 @@ CODES: dict[str, Code] = {
     "labels.affine": _reject("another place or voxel size than the image", "resample it"),
     "labels.one_hot": _reject("one channel per class", "take the argmax over the channels"),
     "labels.empty": _warn("background only", "check the map"),
+    # what preparation makes of it: transforms.py
+    "intensity.flat": _reject(
+        "one value, or as good as one, apart from the background; or none inside the CT window",
+        "remove the file",
+    ),
+    "intensity.clipped": _warn(
+        "voxels beyond 20 times the range of the others; clipped to it", "look at the image"
+    ),
+    "intensity.not_hounsfield": _warn(
+        "a CT window, and no voxel below 0", "choose another --normalization"
+    ),
+    "geometry.too_large": _reject(
+        "more voxels after resampling than the limit", "choose a larger --spacing"
+    ),
+    # the quality filter, off unless asked for: quality.py
+    "quality.field_of_view": _reject("a smaller field of view than asked for", "none needed"),
+    "quality.spacing": _reject("larger voxels than asked for", "none needed"),
+    "quality.slices": _reject("fewer slices with content than asked for", "none needed"),
+    "quality.contrast": _reject("less contrast than asked for", "look at the image"),
     # entries of folders and lists: sources.py, folder.py, nnunet.py, written.py
     "source.missing": _reject("a list names a file or mask that is not there", "correct the list"),
     "source.outside": _reject(
