@@ -26,41 +26,71 @@ Overrides = Annotated[
 
 @app.command()
 def preprocess(
-    sources: Annotated[list[Path], typer.Argument(metavar="SRC...", help="NIfTI files, folders.")],
-    store: Annotated[Path, typer.Option("--output", "-o", metavar="STORE", help="New store.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SRC...", help="Folders, files, globs, lists.")
+    ],
+    store: Annotated[Path, typer.Option("--output", "-o", metavar="STORE", help="Store to make.")],
     spacing: Annotated[
         str, typer.Option(help="Voxel size in mm: 1, or x,y,z, or keep for each volume's own.")
     ] = "1",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the store.")] = False,
+    layout: Annotated[
+        str, typer.Option(help="auto, or folder, bids, nnunet, nnssl, list: what SRC is.")
+    ] = "auto",
+    normalization: Annotated[str, typer.Option(help="zscore, percentile or ct.")] = "zscore",
+    window: Annotated[str, typer.Option(help="HU that ct keeps: low,high.")] = "-1000,1000",
+    dtype: Annotated[str, typer.Option(help="Stored voxels: float16 or float32.")] = "float16",
+    frame: Annotated[
+        int | None, typer.Option(min=0, help="Of 4D files, from 0; they are refused without.")
+    ] = None,
+    quality: Annotated[
+        bool, typer.Option("--filter", help="Leave out small, thick-sliced, near-constant volumes.")
+    ] = False,
+    shard: Annotated[
+        str | None, typer.Option(metavar="i/n", help="Do part i of n, from 0; then --merge.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Commit what all shards did.")] = False,
+    dask: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Work on this Dask cluster.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds one volume may take.")] = 1800,
+    max_failures: Annotated[
+        float | None, typer.Option(help="Share of rejected volumes that is fatal; 0.05, from 20.")
+    ] = None,
+    validation: Annotated[
+        float, typer.Option(help="Share of the subjects held out for validation.")
+    ] = 0.05,
+    seed: Annotated[int, typer.Option(min=0, help="Of that choice.")] = 0,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read what is stored, make damaged cases again.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty the store first.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Such as filter.field_of_view=80."),
+    ] = None,
 ) -> None:
-    """Turn a folder of NIfTI volumes into a store of training patches."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """Turn volumes into a store of training data; run again, it goes on where it stopped."""
+    from sparsemae.data.command import run_preprocess, settings
 
-    from sparsemae.data.preprocess import FAILURES
-    from sparsemae.data.preprocess import preprocess as run
-
-    console = Console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("volumes", total=None)
-
-        def show(done: int, total: int, outcome) -> None:
-            progress.update(task, completed=done, total=total)
-            if message := getattr(outcome, "message", None):
-                console.print(f"rejected: {message}", highlight=False, markup=False, soft_wrap=True)
-
-        summary = run(
-            *(sources, store),
-            spacing=_spacing(spacing),
-            workers=workers,
-            overwrite=overwrite,
-            on_case=show,
-        )
-    _say(f"{summary.ok} volumes stored in {store}")
-    if summary.rejected:
-        _say(f"{summary.rejected} rejected, see {store / FAILURES}")
-        raise typer.Exit(3)
+    config = settings(
+        *(spacing, normalization, window, dtype, frame, quality), overrides=overrides or []
+    )
+    code = run_preprocess(
+        *(sources, store, config),
+        layout=layout,
+        workers=workers,
+        shard=shard,
+        merge=merge,
+        dask=dask,
+        timeout=timeout,
+        max_failures=max_failures,
+        validation=validation,
+        seed=seed,
+        verify=verify,
+        overwrite=overwrite,
+    )
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -150,17 +180,3 @@ def _fail(message: str, code: int) -> None:
 
 def _say(text: str) -> None:
     typer.echo(text)
-
-
-def _spacing(text: str) -> float | tuple[float, float, float] | None:
-    if text == "keep":
-        return None
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) == 1:
-        return numbers[0]
-    if len(numbers) == 3:
-        return numbers
-    raise UserError(f"--spacing {text}: give one number of mm, three as x,y,z, or keep")

@@ -44,6 +44,12 @@ def load_config(kind: type[C], source: str | Path, overrides: Sequence[str] = ()
         UserError: No such recipe or file, bad TOML, or a key, type or range that does not fit.
     """
     raw = _read(source)
+    apply_overrides(raw, overrides)
+    return build_config(kind, raw)
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set `section.key=value` items in plain data, in order; values are TOML or bare words."""
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
@@ -55,7 +61,6 @@ def load_config(kind: type[C], source: str | Path, overrides: Sequence[str] = ()
             if not isinstance(node, dict):
                 raise UserError(f"--set {item}: {name} is a value, not a section")
         node[leaf] = _value(text.strip())
-    return build_config(kind, raw)
 
 
 def build_config(kind: type[C], raw: dict[str, Any]) -> C:

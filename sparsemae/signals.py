@@ -1,4 +1,4 @@
-"""Stopping when a scheduler asks: SIGTERM and SIGUSR1 set a flag, and the work ends at a good place."""
+"""Stopping when a scheduler asks: SIGTERM and SIGUSR1 set a flag, the work ends at a good place."""
 
 import contextlib
 import signal

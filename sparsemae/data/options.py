@@ -8,10 +8,17 @@ from sparsemae.config import Strict
 
 
 def _spacing(value: Any) -> Any:
-    """One number of mm stands for three."""
+    """One number of mm stands for three; JSON and TOML give lists."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return (float(value),) * 3
     return tuple(map(float, value)) if isinstance(value, list | tuple) else value
+
+
+def _pair(value: Any) -> Any:
+    value = tuple(map(float, value)) if isinstance(value, list | tuple) else value
+    if isinstance(value, tuple) and (len(value) != 2 or not value[0] < value[1]):
+        raise ValueError("give two numbers, the lower one first")
+    return value
 
 
 class FilterConfig(Strict):
@@ -31,7 +38,7 @@ class PreprocessConfig(Strict):
         | None
     ) = (1.0, 1.0, 1.0)  # mm left-right, posterior-anterior, inferior-superior; None: each its own
     normalization: Literal["zscore", "percentile", "ct"] = "zscore"
-    window: tuple[float, float] = (-1000.0, 1000.0)  # HU, of ct
+    window: Annotated[tuple[float, float], BeforeValidator(_pair)] = (-1000.0, 1000.0)  # HU, of ct
     dtype: Literal["float16", "float32"] = "float16"  # of the stored voxels
     frame: NonNegativeInt | None = None  # of a file with several; None refuses those
     max_voxels: int = Field(2**29, ge=1)  # of a volume, as read and as stored; 2 GiB of float32

@@ -1,328 +1,232 @@
-"""From NIfTI files to a store: RAS, crop to the non-zero box, resample, z-score, compress.
+"""From files of volumes to a store: find, process in parallel, and commit an index at the end.
 
-Mean and std come from the source grid, where background is exactly 0; they are applied after
-resampling, so that air stays one value: it compresses, and padding continues it without an edge.
-Letters: D, H, W voxels of one volume.
+A run may end at any moment, by a kill, a full disk or a power cut: the same command goes on where
+it stopped, and ends with the same store. Shards are runs that process a part and commit nothing.
 """
 
-import json
-import math
-import multiprocessing
-import os
-import time
-from collections import defaultdict
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Float, Float32
-from scipy import ndimage
-
-from sparsemae.data.codes import VolumeError
-from sparsemae.data.read import (
-    Volume,
-    find_volumes,
-    read_volume,
-    volume_name,
-    voxel_sizes,
+from sparsemae.data.case import Job, Outcome, Record, failed, process, stamp_of
+from sparsemae.data.codes import Notice
+from sparsemae.data.commit import Rules, commit
+from sparsemae.data.ledger import (
+    JOURNALS,
+    LOCK,
+    Ledger,
+    begin,
+    is_whole,
+    make_folder,
+    stored_files,
 )
-from sparsemae.data.store import Case, Store, StoreWriter, write_array
+from sparsemae.data.options import PreprocessConfig
+from sparsemae.data.sources import Source, find_sources
+from sparsemae.data.store import Store
+from sparsemae.data.workers import Lost, run_jobs
 from sparsemae.errors import UserError
+from sparsemae.files import locked
 
-Triple = tuple[float, float, float]
-
-FAILURES = "failures.jsonl"
-MAX_VOXELS = 2**29  # 2 GiB of float32; a whole-body CT at 0.8 mm still fits
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """A source that did not enter the store; one line of failures.jsonl."""
-
-    id: str
-    path: str
-    code: str  # as `VolumeError.code`, or "unexpected.<exception>"
-    message: str
-    stage: str  # "read" or "preprocess"
-    seconds: float
+TIMEOUT = 1800.0  # seconds for one volume, of which the largest take minutes
+Engine = Callable[[Sequence[Job]], Iterator[tuple[Job, Outcome | Lost]]]
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A volume ready for a store or a network; see `Case` for the fields."""
+class Shard:
+    """Part `index` of `count`, counted from 0."""
 
-    array: Float32[np.ndarray, "D H W"]
-    affine: Float[np.ndarray, "4 4"]
-    background: float
-    mean: float
-    std: float
-    crop_start: tuple[int, int, int]
-    crop_stop: tuple[int, int, int]
+    index: int
+    count: int
+
+
+@dataclass
+class Progress:
+    """How far a run is; counts include what earlier runs did."""
+
+    total: int
+    done: int = 0
+    ok: int = 0  # stored, with or without a warning
+    warned: int = 0
+    rejected: int = 0
+    filtered: int = 0  # left out by the quality filter
+    kept: int = 0  # of done: by earlier runs
+
+    def count(self, outcome: Outcome, kept: bool = False) -> None:
+        self.done += 1
+        self.kept += kept
+        self.ok += outcome.case is not None
+        self.warned += outcome.case is not None and bool(outcome.warnings)
+        if outcome.failure is not None and outcome.failure.stage == "filter":
+            self.filtered += 1
+        elif outcome.failure is not None:
+            self.rejected += 1
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `preprocess` did."""
+    """What `preprocess` did; `store` is None for a shard, and for a run that was stopped."""
 
-    store: Store
-    ok: int
-    rejected: int
-    failures: tuple[Failure, ...]
+    store: Store | None
+    failures: tuple[Record, ...]  # all of the store's; () without one
+    progress: Progress
+    stopped: bool = False
 
 
 def preprocess(
-    sources: Sequence[Path],
-    store: Path,
+    sources: Sequence[Path | str],
+    store: Path | str,
+    config: PreprocessConfig | None = None,
     *,
-    spacing: float | Triple | None = 1.0,
-    workers: int = 1,
+    layout: str = "auto",
+    workers: int = 0,
+    timeout: float = TIMEOUT,
+    shard: Shard | None = None,
+    merge: bool = False,
+    dask: str | None = None,
+    verify: bool = False,
     overwrite: bool = False,
-    on_case: Callable[[int, int, Case | Failure], None] | None = None,
+    max_failures: float | None = None,
+    validation: float = 0.05,
+    seed: int = 0,
+    on_outcome: Callable[[Progress, Outcome | None], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Summary:
-    """Turn every volume under `sources` into a case of a new store.
+    """Turn every volume that `sources` name into a case of a store; go on with an unfinished one.
 
-    `spacing` is in mm, one number or left-right, posterior-anterior, inferior-superior; None keeps
-    each volume's own. A volume that cannot be used becomes a line of STORE/failures.jsonl and the
-    rest goes on. `on_case(done, total, outcome)` is called after each. `UserError` when nothing can
-    be read from `sources`, written to `store`, or when every volume was rejected.
-    """
-    target = _target_spacing(spacing)
-    if workers < 1:
-        raise UserError(f"workers {workers}: give at least 1")
-    paths = find_volumes(sources)
-    _refuse_overlap(sources, Path(store))
-    writer = StoreWriter(store, spacing=target, overwrite=overwrite)
-    record = writer.path / FAILURES
-    record.unlink(missing_ok=True)
-    jobs = [
-        _Job(path, case_id, writer.path, target)
-        for path, case_id in zip(paths, case_ids(paths), strict=True)
-    ]
-    failures = []
-    for done, outcome in enumerate(_outcomes(jobs, workers), start=1):
-        if isinstance(outcome, Case):
-            writer.add(outcome)
-        else:
-            failures.append(outcome)
-            with open(record, "a") as file:
-                file.write(json.dumps(asdict(outcome)) + "\n")
-        if on_case is not None:
-            on_case(done, len(jobs), outcome)
-    if not writer.cases:
-        raise UserError(
-            f"none of the {len(jobs)} volumes can be used, see {record}; "
-            f"the first: {failures[0].message}"
-        )
-    return Summary(writer.commit(), len(writer.cases), len(failures), tuple(failures))
-
-
-def prepare(volume: Volume, spacing: Triple | None) -> Prepared:
-    """Crop to the non-zero box, resample to `spacing` mm (None keeps it), z-score.
+    Args:
+        layout: How sources are read, see `find_sources`.
+        workers: Processes; 0 works in this one, which a volume that kills it ends.
+        timeout: Seconds after which a worker counts as hung; its volume is tried once more.
+        shard: Process this part only, and leave the index to a run with `merge`.
+        merge: Process nothing; commit what the shards did.
+        dask: Address of a Dask scheduler to work on instead of processes of this machine.
+        verify: Read every stored case too, and make damaged ones again.
+        overwrite: Empty the store first.
+        max_failures: Share of rejected volumes, the filter's apart, above which there is no store;
+            5 % if None, and never for fewer than 20 volumes.
+        validation: Share of the subjects held out, at least one of two; 0 for none.
+        seed: Of the split.
+        on_outcome: Called at the start, with None, and after each volume.
+        stopped: Asked between volumes; once True the volumes begun are finished, and that is all.
 
     Raises:
-        VolumeError: `geometry.too_large` or `intensity.flat`.
+        UserError: Sources, options or folder cannot be used, or too many volumes were rejected.
     """
-    cropped, start, stop = crop_nonzero(volume.array)
-    array, affine = cropped, np.array(volume.affine)
-    affine[:3, 3] += affine[:3, :3] @ start
-    if spacing is not None:
-        try:
-            array, affine = resample(array, affine, spacing)
-        except ValueError as error:
-            raise VolumeError(
-                "geometry.too_large", f"{volume.path}: {error}; choose a larger --spacing"
-            ) from None
-    try:
-        array, background, mean, std = zscore(array, cropped)
-    except ValueError as error:
-        raise VolumeError("intensity.flat", f"{volume.path}: {error}; remove the file") from None
-    return Prepared(array, affine, background, mean, std, start, stop)
+    config, path = config or PreprocessConfig(), Path(store)
+    rules = Rules(max_failures, validation, seed)
+    _check_options(workers, shard, merge, overwrite, dask)
+    found = find_sources(list(map(Path, sources)), layout=layout)
+    _refuse_overlap(sources, path)
+    with _workspace(path, config, shard, overwrite) as ledger:
+        stamps = {source.id: stamp_of(source) for source in found.sources}
+        ledger.load(stamps)
+        part = found.sources if shard is None else found.sources[shard.index :: shard.count]
+        jobs, progress = _plan(part, stamps, path, config, ledger, verify)
+        on_outcome = on_outcome or (lambda progress, outcome: None)
+        on_outcome(progress, None)
+        if merge and jobs:
+            raise UserError(
+                f"{path}: {len(jobs)} of {len(part)} volumes are not done, the first is "
+                f"{jobs[0].source.path}: run their shards again, or go on without --merge"
+            )
+        engine = _engine(path, dask, workers, timeout, stopped)
+        for job, result in engine(jobs):
+            outcome = _given_up(job, result) if isinstance(result, Lost) else result
+            ledger.append(outcome)
+            progress.count(outcome)
+            on_outcome(progress, outcome)
+            if shard is None and rules.broken_by(progress.rejected, progress.total):
+                break  # no later volume can mend that: `commit` refuses
+        if shard is not None or (progress.done < progress.total and stopped()):
+            return Summary(None, (), progress, stopped=progress.done < progress.total)
+        return Summary(*commit(ledger, found, rules), progress)
 
 
-def crop_nonzero(
-    array: Float[np.ndarray, "D H W"],
-) -> tuple[Float[np.ndarray, "d h w"], tuple[int, int, int], tuple[int, int, int]]:
-    """The smallest box that holds every non-zero voxel (a view), its start and its stop."""
-    nonzero = array != 0
-    start, stop = [], []
-    for axis in range(3):
-        others = tuple(a for a in range(3) if a != axis)
-        hit = np.flatnonzero(nonzero.any(axis=others))
-        if hit.size == 0:
-            raise ValueError("every voxel is zero: nothing to crop to")
-        start.append(int(hit[0]))
-        stop.append(int(hit[-1]) + 1)
-    box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-    return array[box], tuple(start), tuple(stop)
+def _plan(
+    part: Sequence[Source],
+    stamps: dict[str, str],
+    store: Path,
+    config: PreprocessConfig,
+    ledger: Ledger,
+    verify: bool,
+) -> tuple[list[Job], Progress]:
+    """What is left to do, and the count of what is done."""
+    files, jobs, progress = stored_files(ledger.path), [], Progress(len(part))
+    for source in part:
+        entry = ledger.entries.get(source.id)
+        job = Job(source, stamps[source.id], store, config)
+        if entry is None or entry.retried:
+            jobs.append(job)
+        elif (outcome := entry.outcome).case is None:
+            progress.count(outcome, kept=True)
+        elif not is_whole(outcome.case, files):
+            jobs.append(job)
+        elif verify:
+            jobs.append(replace(job, known=outcome.case))
+        else:
+            progress.count(outcome, kept=True)
+    return jobs, progress
 
 
-def zscore(
-    array: Float[np.ndarray, "D H W"], source: Float[np.ndarray, "d h w"] | None = None
-) -> tuple[Float32[np.ndarray, "D H W"], float, float, float]:
-    """(array - mean) / std of every voxel, with the statistics of the non-zero voxels of `source`.
+def _engine(
+    store: Path, dask: str | None, workers: int, timeout: float, stopped: Callable[[], bool]
+) -> Engine:
+    """What runs the jobs."""
+    if dask is None:
+        return lambda jobs: run_jobs(process, jobs, workers, timeout=timeout, stopped=stopped)
+    from sparsemae.data.cluster import run_on_dask
 
-    `source` is `array` itself if None. Returns the array, what 0 became in it, mean and std.
-    ValueError if the non-zero voxels all have one value.
-    """
-    source = array if source is None else source
-    values = source[source != 0].astype(np.float64)
-    if values.size == 0 or values.min() == values.max():
-        raise ValueError("all non-zero voxels have one value: no contrast to normalise")
-    mean = float(values.mean())
-    values -= mean
-    std = math.sqrt(float(values @ values) / values.size)
-    shift, scale = np.float32(mean), np.float32(std)
-    out = array.astype(np.float32)
-    out -= shift
-    out /= scale
-    return out, float(-shift / scale), mean, std
+    return lambda jobs: run_on_dask(process, jobs, dask, store.resolve(), stopped=stopped)
 
 
-def resample(
-    array: Float[np.ndarray, "D H W"], affine: Float[np.ndarray, "4 4"], spacing: Triple
-) -> tuple[Float32[np.ndarray, "d h w"], Float[np.ndarray, "4 4"]]:
-    """Cubic spline resampling to `spacing` mm; the array and its affine.
-
-    The new grid is centred on the old field of view, and edges continue with the nearest value.
-    Overshoot is clipped to the input's range. An axis within 0.1 % of its spacing is left alone.
-    ValueError if the result would have more than `MAX_VOXELS` voxels.
-    """
-    old = voxel_sizes(affine)
-    steps = [
-        1.0 if abs(new - s) <= 1e-3 * s else new / s for new, s in zip(spacing, old, strict=True)
-    ]  # new voxel size in old voxels
-    shape = [max(1, round(n / step)) for n, step in zip(array.shape, steps, strict=True)]
-    if math.prod(shape) > MAX_VOXELS:
-        raise ValueError(f"{tuple(shape)} is more than {MAX_VOXELS} voxels at {spacing} mm")
-    low, high = array.min(), array.max()
-    out, origin = array.astype(np.float32, copy=False), np.zeros(3)
-    for axis in np.argsort(shape / np.array(array.shape)):  # axes that shrink first
-        n, m, step = array.shape[axis], shape[axis], steps[axis]
-        if step != 1.0:
-            origin[axis] = ((n - 1) - (m - 1) * step) / 2
-            weights = _spline_weights(n, m, step, origin[axis])
-            out = np.moveaxis(np.tensordot(weights, out, axes=(1, axis)), 0, axis)
-    if all(step == 1.0 for step in steps):
-        return out, affine
-    out = np.clip(out, low, high, out=np.ascontiguousarray(out))
-    moved = np.array(affine, dtype=np.float64)
-    moved[:3, 3] += affine[:3, :3] @ origin
-    moved[:3, :3] *= steps
-    return out, moved
-
-
-def case_ids(paths: Sequence[Path]) -> list[str]:
-    """File names without extension; where two agree, with their folders below the common one."""
-    names = [volume_name(path) for path in paths]
-    groups = defaultdict(list)
-    for i, name in enumerate(names):
-        groups[name].append(i)
-    parents = [Path(os.path.abspath(path)).parent for path in paths]
-    for name, group in groups.items():
-        if len(group) > 1:
-            root = os.path.commonpath([parents[i] for i in group])
-            for i in group:
-                names[i] = "_".join((*parents[i].relative_to(root).parts, name))
-    seen: set[str] = set()
-    for i, name in enumerate(names):
-        count = 2
-        while names[i] in seen:  # x.nii beside x.nii.gz, or a_b/c beside a/b_c
-            names[i] = f"{name}-{count}"
-            count += 1
-        seen.add(names[i])
-    return names
-
-
-@dataclass(frozen=True)
-class _Job:
-    path: Path
-    case_id: str
-    store: Path
-    spacing: Triple | None
-
-
-def _outcomes(jobs: Sequence[_Job], workers: int) -> Iterator[Case | Failure]:
-    """One outcome per job, in order with one worker, as they finish with more."""
-    if workers == 1:
-        yield from map(_process, jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        futures = [pool.submit(_process, job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _process(job: _Job) -> Case | Failure:
-    """Prepare and store one volume. Trouble with the store (a full disk) is not a case's failure:
-    it is raised."""
-    began = time.perf_counter()
-    stage = "read"
-    try:
-        volume = read_volume(job.path)
-        stage = "preprocess"
-        ready = prepare(volume, job.spacing)
-    except Exception as error:
-        code = getattr(error, "code", f"unexpected.{type(error).__name__}")
-        message = str(error) if isinstance(error, UserError) else f"{job.path}: {error!r}"
-        return Failure(
-            id=job.case_id,
-            path=str(job.path),
-            code=code,
-            message=message,
-            stage=stage,
-            seconds=round(time.perf_counter() - began, 3),
-        )
-    file, size, crc32 = write_array(job.store, job.case_id, ready.array[None])
-    return Case(
-        id=job.case_id,
-        file=file,
-        shape=ready.array.shape,
-        spacing=voxel_sizes(ready.affine),
-        affine=_rows(ready.affine),
-        background=ready.background,
-        mean=ready.mean,
-        std=ready.std,
-        crop_start=ready.crop_start,
-        crop_stop=ready.crop_stop,
-        source=os.path.abspath(job.path),
-        source_shape=volume.array.shape,
-        source_affine=_rows(volume.affine),
-        bytes=size,
-        crc32=crc32,
+def _given_up(job: Job, lost: Lost) -> Outcome:
+    text = (
+        f"{job.source.path}: processing it twice failed, {lost.reason}; remove or shrink the file"
     )
+    return failed(job, "worker", Notice(lost.code, one_line(text)), lost.seconds)
 
 
-def _spline_weights(n: int, m: int, step: float, origin: float) -> Float32[np.ndarray, "m n"]:
-    """Weights of n samples in the cubic spline through them at origin + step * (0 .. m-1).
-
-    The 3D spline is a product of three of these: the same numbers as
-    `scipy.ndimage.affine_transform(order=3, mode="nearest")`, by three matrix products.
-    """
-    return ndimage.affine_transform(
-        np.eye(n), [step, 1.0], [origin, 0.0], (m, n), order=3, mode="nearest"
-    ).astype(np.float32)
-
-
-def _rows(affine: Float[np.ndarray, "4 4"]) -> tuple[tuple[float, ...], ...]:
-    return tuple(map(tuple, affine.tolist()))
-
-
-def _target_spacing(spacing: float | Triple | None) -> Triple | None:
-    if spacing is None:
-        return None
-    target = tuple(map(float, spacing if isinstance(spacing, Sequence) else (spacing,) * 3))
-    if len(target) != 3 or not all(math.isfinite(s) and s > 0 for s in target):
-        raise UserError(f"spacing {spacing}: give one positive number of mm, three, or keep")
-    return target
+@contextlib.contextmanager
+def _workspace(
+    path: Path, config: PreprocessConfig, shard: Shard | None, overwrite: bool
+) -> Iterator[Ledger]:
+    """The folder, made and locked: shards may share it, other runs have it to themselves."""
+    busy = f"{path}: another run is at work in this store; wait for it, or choose another -o"
+    make_folder(path)
+    with contextlib.ExitStack() as held:
+        held.enter_context(locked(path / LOCK, shared=shard is not None, busy=busy))
+        begin(path, config, alone=shard is None, overwrite=overwrite)
+        name = "whole" if shard is None else f"shard-{shard.index}-of-{shard.count}"
+        if shard is not None:
+            held.enter_context(locked(path / JOURNALS / f"{name}.lock", busy=f"{busy} ({name})"))
+        ledger = Ledger(path, config, name)
+        held.callback(ledger.close)
+        yield ledger
 
 
-def _refuse_overlap(sources: Sequence[Path], store: Path) -> None:
+def _check_options(
+    workers: int, shard: Shard | None, merge: bool, overwrite: bool, dask: str | None
+) -> None:
+    if workers < 0:
+        raise UserError(f"workers {workers}: give at least 1")
+    if shard is not None and not 0 <= shard.index < shard.count:
+        raise UserError(
+            f"--shard {shard.index}/{shard.count}: shards of {shard.count} are counted from 0 to "
+            f"{shard.count - 1}"
+        )
+    if shard is not None and merge:
+        raise UserError("--shard and --merge: shards first, then one run with --merge alone")
+    if shard is not None and overwrite:
+        raise UserError(
+            "--shard and --overwrite: a shard would remove what others did; remove the "
+            "store yourself before the first shard"
+        )
+    if merge and (overwrite or dask):
+        raise UserError("--merge only commits what is there: drop --overwrite and --dask")
+
+
+def _refuse_overlap(sources: Sequence[Path | str], store: Path) -> None:
     inner = store.resolve()
     for source in map(Path, sources):
         folder = source.resolve()

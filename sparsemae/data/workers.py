@@ -22,7 +22,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 # Parallelism is by processes: a library's own threads would only compete with them.
-ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLOSC_NTHREADS")
+ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 STILLBORN = 3  # workers in a row that end while they start: no job is to blame
 _PR_SET_PDEATHSIG = 1  # Linux: a signal to this process when the one that started it ends
 

@@ -1,8 +1,80 @@
+"""Folders of volumes for the tests of preprocessing, and the command run as a person runs it."""
+
+import os
+import subprocess
+import sys
+
+import nibabel as nib
 import numpy as np
 import pytest
 
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.store import Case, Store, write_image, write_index, write_mask
+
+AFFINE = np.diag([1.5, 1.5, 1.5, 1])
+
+
+@pytest.fixture
+def save_volume():
+    return _save_volume
+
+
+def _save_volume(path, seed=0, size=20, affine=AFFINE):
+    """A small volume with air around it; the content follows from the seed."""
+    rng = np.random.default_rng(seed)
+    array = np.zeros((size, size, size), np.int16)
+    array[2:-2, 3:-2, 2:-3] = rng.integers(1, 900, (size - 4, size - 5, size - 5))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+@pytest.fixture
+def volumes(tmp_path):
+    """A function that fills a folder with volumes v000.nii.gz, v001.nii.gz ..."""
+
+    def fill(count, name="volumes", size=20):
+        for i in range(count):
+            _save_volume(tmp_path / name / f"v{i:03d}.nii.gz", seed=i, size=size)
+        return tmp_path / name
+
+    return fill
+
+
+@pytest.fixture
+def sparsemae(tmp_path):
+    """Start `sparsemae WORDS` in a process group of its own; everything is killed at the end."""
+    started = []
+
+    def start(*words, **options):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sparsemae", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            **{"cwd": tmp_path, **options},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture
+def contents():
+    return _contents
+
+
+def _contents(store):
+    """What makes a store: its index, and the bytes of all case files."""
+    names = [store / "index.json", *store.glob("cases/*"), *store.glob("excluded/*")]
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(names)}
 
 
 @pytest.fixture(scope="session")
