@@ -58,7 +58,7 @@ def decode(
     """
     header = read_header(findings)
     index = _check_size(header, frame, max_voxels, findings)
-    data = Findings(header.file, findings.notices)
+    data = findings.half(header.file)
     with open_regular(data) as (file, status):
         _check_capacity(header, file, status, data, constant)
         stream = _voxel_stream(header, file, status, data)
@@ -91,7 +91,7 @@ def read_header(findings: Findings) -> Header:
                 stream.findings = Findings(findings.path)  # extensions after it are no news
                 stream.finish()
             return header
-    return read_header(Findings(other_half(findings, ".hdr"), findings.notices))
+    return read_header(findings.half(other_half(findings, ".hdr")))
 
 
 def _is_image_half(stream: Stream) -> bool:

@@ -4,6 +4,8 @@ SimpleITK fills truncated files with zeros and follows whatever path a header na
 a header of its own, with the geometry's lines and no payload; the voxels go through our stream.
 """
 
+import io
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -49,6 +51,13 @@ _META_PLACE = (
 _UNITS = {  # to mm
     **{"": 1.0, "mm": 1.0, "millimeter": 1.0, "?": 1.0, "cm": 10.0, "m": 1e3},
     **{"um": 1e-3, "µm": 1e-3, "micron": 1e-3, "microns": 1e-3, "micrometer": 1e-3},
+}
+_COMMAS = str.maketrans("(),", "   ")
+_META_ORDER = ("BinaryDataByteOrderMSB", "ElementByteOrderMSB")
+_NRRD_NAMES = {
+    "datafile": "data file",
+    "byteskip": "byte skip",
+    "lineskip": "line skip",
 }
 T = TypeVar("T")
 
@@ -104,6 +113,9 @@ def read_nrrd(stream: Stream) -> Header:
             if name in text.fields
         ),
     ]
+    _check_numbers(text, "space directions", 9)
+    _check_numbers(text, "space origin", 3)
+    _check_numbers(text, "spacings", 3, positive=True)
     units = set(text.get("space units", lambda v: v.replace('"', " ").split(), ""))
     placed = "space directions" in text.fields and "space" in text.fields
     return _header(
@@ -144,6 +156,11 @@ def read_meta(stream: Stream) -> Header:
         f"ElementType = {text.fields['ElementType']}",
         "ElementDataFile = LOCAL",
     ]
+    for name in _META_PLACE[:3]:
+        _check_numbers(text, name, 9)
+    for name in _META_PLACE[3:-1]:
+        _check_numbers(text, name, 3)
+    _check_numbers(text, "ElementSpacing", 3, positive=True)
     units = {text.fields.get("DistanceUnits", "")}
     placed = any(name in text.fields for name in _META_PLACE[:3])
     return _header(
@@ -160,17 +177,9 @@ def read_meta(stream: Stream) -> Header:
     )
 
 
-_META_ORDER = ("BinaryDataByteOrderMSB", "ElementByteOrderMSB")
-_NRRD_NAMES = {
-    "datafile": "data file",
-    "byteskip": "byte skip",
-    "lineskip": "line skip",
-}
-
-
 def _lines(stream: Stream) -> list[bytes]:
     """The text at the head of the stream, each line with its end; the last may be cut."""
-    return stream.peek(LONGEST).splitlines(keepends=True)
+    return io.BytesIO(stream.peek(LONGEST)).readlines()
 
 
 def _nrrd_text(stream: Stream) -> _Text:
@@ -180,7 +189,7 @@ def _nrrd_text(stream: Stream) -> _Text:
         length += len(line)
         if not line.strip():
             break
-        name, colon, value = _decoded(line).partition(": ")
+        name, colon, value = os.fsdecode(line).partition(": ")
         if colon and not line.startswith(b"#"):
             name = name.strip().lower()
             fields[_NRRD_NAMES.get(name, name)] = value.strip()
@@ -195,15 +204,11 @@ def _meta_text(stream: Stream) -> _Text:
     fields, length = {}, 0
     for line in _lines(stream):
         length += len(line)
-        name, _, value = _decoded(line).partition("=")
+        name, _, value = os.fsdecode(line).partition("=")
         fields[name.strip()] = value.strip()
         if name.strip() == "ElementDataFile":
             return _Text(fields, length, stream.findings)
     raise stream.findings.refuse("header.field", "no 'ElementDataFile' in it; copy it again")
-
-
-def _decoded(line: bytes) -> str:
-    return os.fsdecode(line)
 
 
 def _natural(value: str) -> int:
@@ -211,6 +216,21 @@ def _natural(value: str) -> int:
     if number < 0:
         raise ValueError(value)
     return number
+
+
+def _check_numbers(text: _Text, name: str, count: int, *, positive: bool = False) -> None:
+    """SimpleITK takes what it cannot parse as 0 or 1, without a word."""
+    if name not in text.fields:
+        return
+    numbers = text.get(
+        name, lambda value: [float(n) for n in value.translate(_COMMAS).split()], None
+    )
+    if len(numbers) != count or not all(
+        math.isfinite(n) and (n > 0 or not positive) for n in numbers
+    ):
+        raise text.findings.refuse(
+            "geometry.affine", f"{name}: {text.fields[name][:60]!r} is invalid; fix the header"
+        )
 
 
 def _shape(text: _Text, name: str) -> tuple[int, ...]:
