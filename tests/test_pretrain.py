@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ from safetensors.torch import load_file
 
 from sparsemae import pretrain as module
 from sparsemae.config import load_config
+from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.phantom import write_heads
 from sparsemae.data.preprocess import preprocess
-from sparsemae.errors import DivergedError, UserError
+from sparsemae.data.samples import SampleReader
+from sparsemae.data.store import Store
+from sparsemae.errors import DivergedError, LoaderError, UserError
 from sparsemae.pretrain import PretrainConfig, load_run, pretrain
 from sparsemae.progress import TrainingProgress
 
@@ -27,7 +32,8 @@ SMALL = ("data.patch_size=16", "data.workers=0", "train.steps=6", "train.save_ev
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heads")
     write_heads(folder / "volumes", 3, size=24)
-    return preprocess([folder / "volumes"], folder / "store", spacing=None).store.path
+    keep = PreprocessConfig(spacing=None)
+    return preprocess([folder / "volumes"], folder / "store", keep).store.path
 
 
 def config(*overrides):
@@ -108,14 +114,53 @@ def test_a_resumed_run_ends_bit_equal(tmp_path, monkeypatch, store, overrides):
     assert [r["step"] for r in metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
 
 
+VARIED = ("data.rotation_probability=0.5", "data.scale_probability=0.5", "data.foreground=0.5")
+
+
 def test_killed_twice_resumed_with_workers_and_other_random_numbers(tmp_path, monkeypatch, store):
-    start(store, tmp_path / "whole")
+    start(store, tmp_path / "whole", *VARIED)
     torch.manual_seed(123)  # the global generator is no part of a run
     changes = "data.workers=1", "train.save_every=3"
-    killed_at(monkeypatch, 3, start, store, tmp_path / "parts")
+    killed_at(monkeypatch, 3, start, store, tmp_path / "parts", *VARIED)
     killed_at(monkeypatch, 5, resume, store, tmp_path / "parts", *changes)
     resume(store, tmp_path / "parts", *changes)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_killed_loader_worker_costs_no_step(tmp_path, monkeypatch, store):
+    start(store, tmp_path / "whole")
+    read, run = SampleReader.__call__, tmp_path / "parts"
+
+    def killed(self, sample):
+        if sample == 9:  # of the fifth step
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, sample)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleReader, "__call__", killed)
+        with pytest.raises(LoaderError, match=r"^case head_\d+: loader worker 0 was killed"):
+            start(store, run, "data.workers=1", "train.save_every=100")
+    done = len(metrics(run))
+    assert done in (3, 4)  # it died making the batch of step 5, asked for when step 3 had its own
+    assert last(run)[0] == f"step-{done:08d}"
+    resume(store, run, "data.workers=1")
+    assert_same_run(tmp_path / "whole", run)
+
+
+def test_cases_held_out_are_not_trained_on(tmp_path, monkeypatch, store):
+    seen = set()
+    to_device_ahead = module.to_device_ahead
+
+    def watched(*arguments):
+        for batch in to_device_ahead(*arguments):
+            seen.update(batch["case"])
+            yield batch
+
+    monkeypatch.setattr(module, "to_device_ahead", watched)
+    start(store, tmp_path / "run")
+    cases = {case.id: case.split for case in Store.open(store).cases}
+    assert set(cases.values()) == {"train", "val"}
+    assert seen == {name for name, split in cases.items() if split == "train"}
 
 
 def test_seed_and_data_decide_a_run_and_the_global_generator_is_left_alone(tmp_path, store):
@@ -208,7 +253,7 @@ def test_what_defines_a_run_cannot_change_when_it_is_resumed(tmp_path, store):
             resume(store, run, item)
     other = tmp_path / "other"
     write_heads(tmp_path / "volumes", 2, seed=50, size=24)
-    preprocess([tmp_path / "volumes"], other, spacing=None)
+    preprocess([tmp_path / "volumes"], other, PreprocessConfig(spacing=None))
     with pytest.raises(UserError, match="is not the data this run was started on") as error:
         resume(other, run)
     assert str(store) in str(error.value)
