@@ -1,5 +1,6 @@
 """Mask a whole volume, reconstruct it tile by tile, and draw the result."""
 
+import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from numpy import ndarray
 
-from sparsemae.data.preprocess import Prepared, prepare
+from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.read import read_volume
+from sparsemae.data.transforms import Prepared, prepare
 from sparsemae.errors import UserError
 from sparsemae.models.mae import SparseMAE
 from sparsemae.pretrain import load_run
@@ -40,9 +42,9 @@ def reconstruct(run: Path, volume: Path, output: Path, *, seed: int = 0) -> Resu
     """
     picture, nifti = _outputs(output, volume)
     loaded = load_run(run)
-    spacing = loaded.checkpoint.meta["spacing"]
-    prepared = prepare(read_volume(volume), None if spacing is None else tuple(spacing))
-    config = loaded.config
+    made = PreprocessConfig.model_validate_json(json.dumps(loaded.checkpoint.meta["preprocess"]))
+    source = read_volume(volume, frame=made.frame, max_voxels=made.max_voxels)
+    prepared, config = prepare(source, made), loaded.config
     restored, masked = reconstruct_array(
         *(loaded.mae, prepared.array, prepared.background, config.data.patch_size),
         mask_ratio=config.mask.ratio,
