@@ -23,7 +23,7 @@ from sparsemae.data.scan import split_suffix, volumes, walk
 
 _PART = re.compile(r"_part-(phase|real|imag)_")
 _NOT_RAW = {"derivatives", "sourcedata", "code"}
-_LOOKED_AT = 100  # subjects, before a folder is held to be no BIDS
+_LOOKED_AT = 100  # subjects, or sessions of one, before a folder is held to be no BIDS
 
 
 def bids(root: str) -> Iterator[Entry]:
@@ -54,7 +54,8 @@ def is_bids(root: str) -> bool:
 
 def _has_anat(folder: str) -> bool:
     names = os.listdir(folder)
-    return "anat" in names or any(map(is_session, names))
+    sessions = sorted(filter(is_session, names))[:_LOOKED_AT]
+    return "anat" in names or any(os.path.isdir(os.path.join(folder, s, "anat")) for s in sessions)
 
 
 def _is_image(name: str) -> bool:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from sparsemae.data.entry import Entry, mistake, problem
-from sparsemae.data.place import Parts, Root, common_folder, folders_below, id_parts
+from sparsemae.data.place import Parts, Root, common_folder, folders_below
 from sparsemae.data.scan import Folder, split_suffix, volumes, walk
 
 
@@ -42,7 +42,7 @@ def found_at(root: Root, folders: Parts, name: str) -> Entry:
     stem = split_suffix(name)[0]
     return Entry(
         path=os.path.join(root.path, *folders, name),
-        parts=id_parts(folders, stem),
+        parts=root.id_parts(folders, stem),
         origin=os.path.join(root.name, *folders, name),
         **root.facts(folders, stem),
     )

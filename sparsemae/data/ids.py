@@ -1,11 +1,11 @@
 """Ids of volumes: names of files in a store, and what a rerun recognises a volume by.
 
 An id depends on the volume's own place only, so that adding others does not change it:
-`a/b/scan.nii.gz` below a source is `a__b__scan`. A run of anything but [A-Za-z0-9._-] becomes one
-`_`, leading dots and dashes go, and what is over 150 bytes is cut; as names may then be alike, 8
-hexadecimal digits of the original follow: `scan 1.nii` is `scan_1-` and digits. If two ids are
-equal all the same, be it only on a file system that ignores case, the first keeps it and the other
-gets digits of where it lies.
+`a/b/scan.nii.gz` below a source is `a__b__scan`. Where that would not do as a name, a run of
+anything but [A-Za-z0-9._-] becomes one `_`, dots, dashes and `_` at the ends go, and what is over
+150 bytes is cut; as names may then be alike, 8 hexadecimal digits of the original follow:
+`scan 1.nii` is `scan_1-` and digits. If two ids are equal all the same, be it only on a file system
+that ignores case, the first keeps it and the other gets digits of where it lies.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def make_id(parts: Sequence[str]) -> str:
     name = "__".join(parts)
     if is_safe(name):
         return name
-    return _marked(_UNSAFE.sub("_", name).lstrip("._-"), "\0".join(parts))
+    return _marked(_UNSAFE.sub("_", name).strip("._-"), "\0".join(parts))
 
 
 def assign_ids(entries: Sequence[Entry]) -> list[str]:

@@ -97,8 +97,8 @@ def _check_columns(place: str, names: Iterable[str]) -> None:
 
 
 def _remedy(name: str) -> str:
-    if near := difflib.get_close_matches(name.lower(), COLUMNS, 1):
-        return f"did you mean {near[0]}?"
     if ";" in name or "\t" in name:
         return "separate columns by commas"
+    if near := difflib.get_close_matches(name.lower(), COLUMNS, 1):
+        return f"did you mean {near[0]}?"
     return f"columns are {', '.join(COLUMNS)}"

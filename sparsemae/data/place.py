@@ -73,6 +73,15 @@ class Root:
             "dataset": self._dataset(folders),
         }
 
+    def id_parts(self, folders: Parts, stem: str) -> Parts:
+        """What names that file: its folders and itself, but none of BIDS that its name repeats."""
+        around = (*self.inside, *folders)
+        chain = subject_folders(around)
+        complete = chain[-1:] == ("anat",) and leads_to_anat(chain)
+        if complete and all(f"{folder}_" in stem for folder in chain[:-1]):
+            folders = around[: len(around) - len(chain)]
+        return (*folders, stem)
+
     def _dataset(self, folders: Parts) -> str | None:
         above = folders[: len(folders) - len(subject_folders(folders))]
         return self.dataset if self.inside or above in ((), folders) else above[-1]
@@ -88,15 +97,6 @@ def leads_to_anat(inside: Parts) -> bool:
     """Whether `inside`, which begins with sub-X, is or leads to sub-X/[ses-Y/]anat."""
     below = inside[2:] if len(inside) > 1 and is_session(inside[1]) else inside[1:]
     return below in ((), ("anat",))
-
-
-def id_parts(folders: Parts, stem: str) -> Parts:
-    """What names a file: its folders and itself, but none of BIDS that its name repeats."""
-    inside = subject_folders(folders)
-    complete = inside[-1:] == ("anat",) and leads_to_anat(inside)
-    if complete and all(f"{folder}_" in stem for folder in inside[:-1]):
-        folders = folders[: len(folders) - len(inside)]
-    return (*folders, stem)
 
 
 def is_subject(folder: str) -> bool:

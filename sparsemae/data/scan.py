@@ -4,6 +4,7 @@ Symbolic links are followed, but a folder that is reached without one is reached
 last, and those into what was seen are left out. Hidden files and folders are skipped.
 """
 
+import errno
 import fnmatch
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -57,11 +58,19 @@ def _list(folder: Folder, enter: Callable[[Parts], bool], links: list[Folder]) -
         for item in listing:
             if item.name.startswith("."):
                 continue
-            if not item.is_dir():  # a pipe or broken link too: the reader says what is wrong
+            if not _leads_on(item):  # a pipe or broken link too: the reader says what is wrong
                 folder.files.append(item.name)
             elif enter(parts := (*folder.parts, item.name)):
                 (links if item.is_symlink() else below).append(Folder(item.path, parts))
     return below
+
+
+def _leads_on(item: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link of which that cannot be told: entering it will fail."""
+    try:
+        return item.is_dir()
+    except OSError as error:
+        return error.errno != errno.ELOOP
 
 
 def expand(pattern: str) -> tuple[str, list[Parts], list[Folder]]:
@@ -72,6 +81,8 @@ def expand(pattern: str) -> tuple[str, list[Parts], list[Folder]]:
     """
     wanted = pattern.split(os.sep)
     fixed = next(i for i, part in enumerate(wanted) if is_pattern(part))
+    if wanted[-1] == "**":
+        wanted.append("*")
     root = os.sep.join(wanted[:fixed]) or (os.sep if fixed else os.curdir)
     found: set[Parts] = {()}
     failed: list[Folder] = []
@@ -86,9 +97,10 @@ def _step(root: str, parts: Parts, part: str, failed: list[Folder]) -> Iterator[
     path = os.path.join(root, *parts)
     if part == "**":
         for folder in walk(path):
-            if folder.error is not None:
+            if folder.error is None:
+                yield (*parts, *folder.parts)
+            else:
                 failed.append(Folder(folder.path, (*parts, *folder.parts), error=folder.error))
-            yield (*parts, *folder.parts)
     elif is_pattern(part):
         try:
             names = fnmatch.filter(os.listdir(path), part)

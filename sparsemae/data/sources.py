@@ -172,16 +172,18 @@ def _matches(pattern: str, layout: str) -> list[Entry]:
     root, found, failed = expand(pattern)
     top = Root.of(root)
     entries = [unreadable(top, folder) for folder in failed]
+    folders: list[str] = []
     files: defaultdict[Parts, list[str]] = defaultdict(list)
-    for *folders, name in found:
-        path = os.path.join(root, *folders, name)
+    for parts in found:
+        path = os.path.join(root, *parts)
         if os.path.isdir(path):
-            entries += _folder(path, layout)
+            folders.append(path)
         else:
-            files[tuple(folders)].append(name)
+            files[parts[:-1]].append(parts[-1])
     if files and layout not in ("auto", "folder"):
         raise mistake(pattern, f"--layout {layout} needs folders, and this matches files")
     entries += [found_at(top, parts, n) for parts in files for n in volumes(files[parts])]
+    entries += [entry for path in folders for entry in _folder(path, layout)]
     if not entries:
         raise mistake(pattern, "matches no volume and no folder with any; check the pattern")
     return entries

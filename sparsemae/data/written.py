@@ -14,7 +14,7 @@ from typing import Any
 from sparsemae.data.codes import Notice
 from sparsemae.data.entry import Entry, mistake, problem
 from sparsemae.data.ids import is_safe
-from sparsemae.data.place import Parts, Root, common_folder, folders_below, id_parts
+from sparsemae.data.place import Parts, Root, common_folder, folders_below
 from sparsemae.data.scan import split_suffix
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -65,29 +65,33 @@ def json_kind(value: Any) -> str:
 
 
 def listed(source: str, rows: Sequence[Row]) -> Iterator[Entry]:
-    """The entries of the rows of the file `source`."""
+    """The entries of the rows of the file `source`.
+
+    What a row does not say is derived from the file's place: below the folder of `source`, or below
+    the folder that all absolute paths to elsewhere share.
+    """
     base = os.path.dirname(source)
-    root = Root.of(base)
-    whole = os.path.abspath(base)
+    home = os.path.abspath(base)
     paths = [_resolve(base, row.path) for row in rows]
-    elsewhere = [path for path in paths if not _is_below(path, whole)]
-    shared = Root.of(common_folder(elsewhere)) if elsewhere else root
+    away = [p for row, p in zip(rows, paths, strict=True) if not _leaves(row.path)]
+    away = [p for p in away if not _is_below(p, home)]
+    near, far = Root.of(base), Root.of(common_folder(away)) if away else None
     for row, path in zip(rows, paths, strict=True):
-        name = os.path.basename(path)
-        stem = split_suffix(name)[0]
-        if _is_below(path, whole):
-            folders = folders_below(whole, path)
-            parts, facts = id_parts(folders, stem), root.facts(folders, stem)
-        else:
-            folders = _folders(path)
-            facts = shared.facts(folders_below(shared.path, path), stem)
-            parts = id_parts(folders, stem)
+        stem = split_suffix(os.path.basename(path))[0]
+        if _is_below(path, home):
+            folders = folders_below(home, path)
+            parts, facts = near.id_parts(folders, stem), near.facts(folders, stem)
+        else:  # its id must not depend on what else is listed
+            folders = folders_below(os.sep, path)
+            parts = Root.of(os.sep).id_parts(folders, stem)
+            above = () if far is None or _leaves(row.path) else folders_below(far.path, path)
+            facts = (far or near).facts(above, stem)
         facts |= {key: value for key in facts if (value := getattr(row, key)) is not None}
         excluded, anatomy = (m and _resolve(base, m) for m in (row.excluded, row.anatomy))
         yield Entry(
             path=path,
             parts=row.parts or parts,
-            origin=os.path.join(*folders, name),
+            origin=os.path.join(*folders, os.path.basename(path)),
             excluded=excluded,
             anatomy=anatomy,
             id=row.id if row.id is not None and is_safe(row.id) else None,
@@ -110,10 +114,6 @@ def _is_below(path: str, root: str) -> bool:
     return os.path.abspath(path).startswith(os.path.join(root, ""))
 
 
-def _folders(path: str) -> Parts:
-    return tuple(filter(None, os.path.dirname(os.path.abspath(path)).split(os.sep)))
-
-
 def _trouble(
     source: str, row: Row, path: str, masks: tuple[str | None, str | None]
 ) -> Notice | None:
@@ -123,7 +123,9 @@ def _trouble(
             text = f"leaves the folder of {source}; write an absolute path"
             return problem("source.outside", written, text)
     if row.id is not None and not is_safe(row.id):
-        text = f"id {row.id!r}: use at most 150 of A-Z a-z 0-9 . _ -, the first no . or -"
+        text = (
+            f"id {row.id!r} is no safe name; use up to 150 of A-Z a-z 0-9 _ . -, not . or - first"
+        )
         return problem("source.id", path, text)
     for kind, file in (("file", path), ("excluded mask", masks[0]), ("anatomy mask", masks[1])):
         if file is not None and not os.path.exists(file):
