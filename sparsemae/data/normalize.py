@@ -23,6 +23,7 @@ PERCENTILES = (0.5, 99.5)
 OUTLIER = 20.0  # times the distance of these percentiles
 LARGEST = 60000.0  # stored value, below float16's 65504
 _SAMPLE = 1 << 17  # voxels, evenly spread, that tell where outliers begin
+_FLOAT32 = float(np.finfo(np.float32).max)
 _CHUNK = 1 << 18  # voxels in float64 at a time
 
 
@@ -64,9 +65,10 @@ def _zscore(values: Values, background: float) -> Scale:
     low, high = np.percentile(sample, PERCENTILES)
     low, high = min(low, background), max(high, background)
     reach = OUTLIER * (high - low)
+    low, high = np.clip((low - reach, high + reach), -_FLOAT32, _FLOAT32).tolist()
     ordinary = values
-    if values.min() < low - reach or values.max() > high + reach:
-        ordinary = values[(values >= low - reach) & (values <= high + reach)]
+    if values.min() < low or values.max() > high:
+        ordinary = values[(values >= low) & (values <= high)]
     low = min(float(ordinary.min()), background)
     high = max(float(ordinary.max()), background)
     moments = _moments(ordinary, low, high)
@@ -87,7 +89,8 @@ def _moments(values: Values, low: float, high: float) -> tuple[float, float]:
     Sums are in float64 and of distances to a value in the middle; the rest of their last bits, that
     may differ between machines, is lost in the rounding to float32.
     """
-    middle = float(np.median(values[:: max(1, values.size // _SAMPLE) | 1]).clip(low, high))
+    sample = values[:: max(1, values.size // _SAMPLE) | 1]
+    middle = min(max(float(np.partition(sample, sample.size // 2)[sample.size // 2]), low), high)
     total = squares = 0.0
     for start in range(0, values.size, _CHUNK):
         part = values[start : start + _CHUNK].astype(np.float64)

@@ -33,7 +33,7 @@ class Grid:
     def affine(self, old: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "4 4"]:
         """New voxels to world mm, from the affine of the old."""
         new = np.array(old, dtype=np.float64)
-        new[:3, 3] += new[:3, :3] @ self.origin
+        new[:3, 3] += (new[:3, :3] * self.origin).sum(axis=1)
         new[:3, :3] *= self.step
         return new
 
@@ -134,9 +134,9 @@ def _evaluate(
     out = np.empty((len(positions), *rows.shape[1:]), np.float32)
     scratch = np.empty_like(out[0])
     floor = np.floor(positions)
-    t = positions - floor
+    t, u = positions - floor, floor + 1 - positions
     # six times the cubic B-spline at the distances of the four coefficients around
-    weights = ((1 - t) ** 3, (3 * t - 6) * t * t + 4, ((3 - 3 * t) * t + 3) * t + 1, t**3)
+    weights = (u * u * u, (3 * t - 6) * t * t + 4, (3 * u - 6) * u * u + 4, t * t * t)
     starts = floor.astype(int) - 1 + _EDGE
     for target, start, four in zip(
         out, starts.tolist(), np.stack(weights, 1).tolist(), strict=True

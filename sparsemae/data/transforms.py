@@ -57,7 +57,7 @@ def prepare(
     box = tuple(map(slice, start, stop))
     cropped = volume.array[box]
     affine = np.array(volume.affine, dtype=np.float64)
-    affine[:3, 3] += affine[:3, :3] @ start
+    affine[:3, 3] += (affine[:3, :3] * start).sum(axis=1)
     grid = _grid(volume, cropped.shape, affine, config)
     inside = cropped != background
     try:
@@ -154,20 +154,21 @@ def _normalized(
 
     Splines run with air at 0, which they keep exactly, and with values of ordinary size.
     """
-    air = np.float32(scale.background)
-    out = np.clip(cropped, np.float32(scale.low), np.float32(scale.high))
-    if not scale.low <= scale.background <= scale.high:
-        out[~inside] = air
-    out -= air
-    out /= np.float32(scale.std)
+    air, std = np.float32(scale.background), np.float32(scale.std)
+    shift = np.float32((scale.mean - scale.background) / scale.std)
+    out = np.empty(cropped.shape, np.float32)
+    for target, part, content in zip(out, cropped, inside, strict=True):  # a slice stays in a cache
+        np.clip(part, np.float32(scale.low), np.float32(scale.high), out=target)
+        if not scale.low <= scale.background <= scale.high:
+            target[~content] = air
+        target -= air
+        target /= std
     if grid is not None:
         out = resample(out, grid)
-    out -= np.float32((scale.mean - scale.background) / scale.std)
-    if np.dtype(dtype) != out.dtype:
-        for part in out:  # slice by slice: no second volume
-            part[...] = part.astype(dtype)
-    shift = np.float32(0) - np.float32((scale.mean - scale.background) / scale.std)
-    return out, float(np.dtype(dtype).type(shift))
+    for part in out:
+        part -= shift
+        part[...] = part.astype(dtype)
+    return out, float((np.float32(0) - shift).astype(dtype))
 
 
 def _resampled(mask: Bool[np.ndarray, "D H W"], grid: Grid | None) -> Bool[np.ndarray, "d h w"]:
