@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
@@ -147,8 +147,9 @@ def _keys(kind: type[Strict], prefix: str = "") -> tuple[list[str], list[str]]:
     """The dotted names of all sections below a section, and of all its values."""
     sections, leaves = [], []
     for name, info in kind.model_fields.items():
-        section = info.annotation
-        if isinstance(section, type) and issubclass(section, Strict):
+        options = get_args(info.annotation) or (info.annotation,)  # a section may be optional
+        section = next((o for o in options if isinstance(o, type) and issubclass(o, Strict)), None)
+        if section is not None:
             below = _keys(section, f"{prefix}{name}.")
             sections += [f"{prefix}{name}", *below[0]]
             leaves += below[1]

@@ -1,5 +1,6 @@
 """`sparsemae preprocess`: options to a configuration, the run and its progress, an exit code."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ def settings(
 ) -> PreprocessConfig:
     """The configuration that the command's options describe; `UserError` names the option."""
     raw: dict[str, Any] = {
-        "spacing": None if spacing == "keep" else _numbers("--spacing", spacing, (1, 3)),
+        "spacing": _spacing(spacing),
         "normalization": normalization,
-        "window": _numbers("--window", window, (2,)),
+        "window": _window(window),
         "dtype": dtype,
         "frame": frame,
     }
@@ -105,15 +106,29 @@ def _draw(store: Path) -> None:
         print(f"look at {store / PAGES[0]}")
 
 
-def _numbers(option: str, text: str, counts: tuple[int, ...]) -> list[float] | float:
+def _spacing(text: str) -> list[float] | float | None:
+    if text == "keep":
+        return None
+    numbers = _numbers(text)
+    if len(numbers) not in (1, 3) or not all(0 < n < math.inf for n in numbers):
+        raise UserError(
+            f"--spacing {text}: give one positive number of mm, three as x,y,z, or keep"
+        )
+    return numbers if len(numbers) == 3 else numbers[0]
+
+
+def _window(text: str) -> list[float]:
+    numbers = _numbers(text)
+    if len(numbers) != 2 or not numbers[0] < numbers[1]:
+        raise UserError(f"--window {text}: give two numbers of HU, low,high, the lower one first")
+    return numbers
+
+
+def _numbers(text: str) -> list[float]:
     try:
-        numbers = [float(part) for part in text.split(",")]
+        return [float(part) for part in text.split(",")]
     except ValueError:
-        numbers = []
-    if len(numbers) not in counts:
-        what = {(1, 3): "one number of mm, three as x,y,z, or keep", (2,): "two numbers, low,high"}
-        raise UserError(f"{option} {text}: give {what[counts]}")
-    return numbers if len(numbers) > 1 else numbers[0]
+        return []
 
 
 def _shard(text: str) -> Shard:

@@ -5,6 +5,7 @@ it stopped, and ends with the same store. Shards are runs that process a part an
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +52,13 @@ class Progress:
     rejected: int = 0
     filtered: int = 0  # left out by the quality filter
     kept: int = 0  # of done: by earlier runs
+
+    def reject(self, unusable: int) -> None:
+        """Count entries of a list that name no file that could be read."""
+        self.total += unusable
+        self.done += unusable
+        self.kept += unusable
+        self.rejected += unusable
 
     def count(self, outcome: Outcome, kept: bool = False) -> None:
         self.done += 1
@@ -116,13 +124,18 @@ def preprocess(
     config, path = config or PreprocessConfig(), Path(store)
     rules = Rules(max_failures, validation, seed)
     _check_options(workers, shard, merge, overwrite, dask)
-    found = find_sources(list(map(Path, sources)), layout=layout)
+    found = find_sources(sources, layout=layout)
     _refuse_overlap(sources, path)
-    with _workspace(path, config, shard, overwrite) as ledger:
+    with (
+        _engine(path, dask, workers, timeout, stopped) as engine,
+        _workspace(path, config, shard, overwrite) as ledger,
+    ):
         stamps = {source.id: stamp_of(source) for source in found.sources}
         ledger.load(stamps)
         part = found.sources if shard is None else found.sources[shard.index :: shard.count]
         jobs, progress = _plan(part, stamps, path, config, ledger, verify)
+        if shard is None:
+            progress.reject(len(found.problems))
         on_outcome = on_outcome or (lambda progress, outcome: None)
         on_outcome(progress, None)
         if merge and jobs:
@@ -130,7 +143,6 @@ def preprocess(
                 f"{path}: {len(jobs)} of {len(part)} volumes are not done, the first is "
                 f"{jobs[0].source.path}: run their shards again, or go on without --merge"
             )
-        engine = _engine(path, dask, workers, timeout, stopped)
         for job, result in engine(jobs):
             outcome = _given_up(job, result) if isinstance(result, Lost) else result
             ledger.append(outcome)
@@ -155,7 +167,7 @@ def _plan(
     files, jobs, progress = stored_files(ledger.path), [], Progress(len(part))
     for source in part:
         entry = ledger.entries.get(source.id)
-        job = Job(source, stamps[source.id], store, config)
+        job = Job(_absolute(source), stamps[source.id], store.resolve(), config)
         if entry is None or entry.retried:
             jobs.append(job)
         elif (outcome := entry.outcome).case is None:
@@ -169,15 +181,24 @@ def _plan(
     return jobs, progress
 
 
+@contextlib.contextmanager
 def _engine(
     store: Path, dask: str | None, workers: int, timeout: float, stopped: Callable[[], bool]
-) -> Engine:
+) -> Iterator[Engine]:
     """What runs the jobs."""
     if dask is None:
-        return lambda jobs: run_jobs(process, jobs, workers, timeout=timeout, stopped=stopped)
-    from sparsemae.data.cluster import run_on_dask
+        yield lambda jobs: run_jobs(process, jobs, workers, timeout=timeout, stopped=stopped)
+        return
+    from sparsemae.data.cluster import connected, run_on_dask
 
-    return lambda jobs: run_on_dask(process, jobs, dask, store.resolve(), stopped=stopped)
+    with connected(dask) as client:
+        yield lambda jobs: run_on_dask(process, jobs, client, store.resolve(), stopped=stopped)
+
+
+def _absolute(source: Source) -> Source:
+    """Workers elsewhere have another working folder, and records are read later."""
+    files = {name: getattr(source, name) for name in ("path", "excluded", "anatomy")}
+    return replace(source, **{n: Path(os.path.abspath(f)) for n, f in files.items() if f})
 
 
 def _given_up(job: Job, lost: Lost) -> Outcome:

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from sparsemae.data.cluster import run_on_dask
+from sparsemae.data.cluster import connected, run_on_dask
+from sparsemae.data.preprocess import preprocess
 from sparsemae.data.workers import Lost
 from sparsemae.errors import UserError
 
@@ -36,10 +37,15 @@ def run(job):
 """
 
 
+def on_cluster(cluster, function, jobs, folder, **options):
+    with connected(cluster.address) as client:
+        yield from run_on_dask(function, jobs, client, folder, **options)
+
+
 class Cluster:
     """A scheduler and workers as a person would start them, by the `dask` command."""
 
-    def __init__(self, folder, nanny="--no-nanny", allowed=3):
+    def __init__(self, folder, nanny="--no-nanny", allowed=3, workers=2):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -57,7 +63,7 @@ class Cluster:
                 *("worker", self.address, "--nthreads", "1", "--no-dashboard", nanny),
                 *("--host", "127.0.0.1", "--local-directory", str(folder / f"worker{i}")),
             )
-            for i in range(2)
+            for i in range(workers)
         ]
 
     def _start(self, *words):
@@ -100,7 +106,7 @@ def start(tmp_path):
 def test_two_workers_share_the_jobs_and_one_is_killed(run, start, tmp_path):
     cluster, release = start(), tmp_path / "release"
     jobs = [("wait", str(release)), ("wait", str(release)), *(("square", i) for i in range(60))]
-    results = run_on_dask(run, jobs, cluster.address, tmp_path)
+    results = on_cluster(cluster, run, jobs, tmp_path)
 
     def kill_one_that_works():
         limit = time.monotonic() + 60
@@ -123,7 +129,7 @@ def test_two_workers_share_the_jobs_and_one_is_killed(run, start, tmp_path):
 def test_a_job_that_kills_its_workers_is_given_up(run, start, tmp_path):
     cluster = start(nanny="--nanny", allowed=1)
     jobs = [("kill", 0), *(("square", i) for i in range(10))]
-    found = dict(run_on_dask(run, jobs, cluster.address, tmp_path))
+    found = dict(on_cluster(cluster, run, jobs, tmp_path))
     lost = found.pop(("kill", 0))
     assert isinstance(lost, Lost)
     assert lost.code == "worker.killed"
@@ -134,15 +140,34 @@ def test_a_job_that_kills_its_workers_is_given_up(run, start, tmp_path):
 def test_an_exception_ends_the_run(run, start, tmp_path):
     cluster = start()
     with pytest.raises(OSError, match="No space left"):
-        list(run_on_dask(run, [("full", 0)], cluster.address, tmp_path))
+        list(on_cluster(cluster, run, [("full", 0)], tmp_path))
     with pytest.raises(UserError, match=r"does not see .*nowhere; start it"):
-        list(run_on_dask(run, [("square", 1)], cluster.address, tmp_path / "nowhere"))
-    first = run_on_dask(run, [("square", 1)] * 99, cluster.address, tmp_path, stopped=lambda: True)
+        list(on_cluster(cluster, run, [("square", 1)], tmp_path / "nowhere"))
+    first = on_cluster(cluster, run, [("square", 1)] * 99, tmp_path, stopped=lambda: True)
     assert list(first) == []
 
 
-def test_no_scheduler_there(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparsemae.data.cluster.CONNECT_SECONDS", 0.5)
+def test_no_scheduler_or_no_worker_there(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsemae.data.cluster.CONNECT_SECONDS", 1.0)
     for address in ("tcp://127.0.0.1:9", "nonsense"):
-        with pytest.raises(UserError, match=rf"--dask {address}: no scheduler"):
-            list(run_on_dask(run, [("square", 1)], address, tmp_path))
+        with pytest.raises(UserError, match=rf"--dask {address}: no scheduler"), connected(address):
+            pass
+    monkeypatch.setattr("sparsemae.data.cluster.CONNECT_SECONDS", 5.0)
+    with pytest.raises(UserError, match="no worker there"), connected(start(workers=0).address):
+        pass
+
+
+def test_preprocessing_on_a_cluster_that_loses_a_worker(start, volumes, tmp_path, contents):
+    """The store is the one that this machine alone makes, and no volume is missing or blamed."""
+    source, cluster, killed = volumes(24), start(), []
+    preprocess([source], tmp_path / "alone")
+
+    def kill(progress, outcome):
+        if progress.done == 5 and not killed:
+            killed.append(cluster.workers[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    summary = preprocess([source], tmp_path / "store", dask=cluster.address, on_outcome=kill)
+    assert killed
+    assert (summary.progress.ok, summary.progress.rejected) == (24, 0)
+    assert contents(tmp_path / "store") == contents(tmp_path / "alone")

@@ -1,5 +1,6 @@
 """A run that is killed, preempted or out of disk: run again, it ends with the undisturbed store."""
 
+import itertools
 import json
 import os
 import resource
@@ -174,7 +175,9 @@ def test_a_run_on_a_file_system_that_fills_up(undisturbed, contents, small_disk,
 def test_a_journal_cut_in_a_line_goes_on(undisturbed, contents, tmp_path):
     folder, expected = undisturbed
     store = tmp_path / "store"
-    preprocess([folder], store, stopped=iter([False] * 9 + [True] * COUNT).__next__)
+    preprocess(
+        [folder], store, stopped=itertools.chain([False] * 9, itertools.repeat(True)).__next__
+    )
     (journal,) = store.glob(".journal/*.jsonl")
     lines = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 9
