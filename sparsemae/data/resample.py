@@ -119,12 +119,9 @@ def _filter(rows: Float32[np.ndarray, "n+4 ..."]) -> None:
     for after, here in pairwise(inner[::-1]):
         np.subtract(after, here, out=here)
         here *= z
-    for edge, value, beyond in (
-        (inner[0], first / 6, rows[1::-1]),
-        (inner[-1], last / 6, rows[-2:]),
-    ):
-        for k, row in enumerate(beyond, start=1):
-            row[...] = value + z**k * (edge - value)
+    for k, decay in enumerate((z, z * z), start=1):
+        rows[_EDGE - k] = first / 6 + decay * (inner[0] - first / 6)
+        rows[-_EDGE - 1 + k] = last / 6 + decay * (inner[-1] - last / 6)
 
 
 def _evaluate(

@@ -92,7 +92,7 @@ def test_air_is_one_stored_value_and_raw_intensities_come_back(normalization, dt
     far = tuple(slice(n // 10, n // 10 + 5) for n in stored.shape)
     ends = stored[far][0, :, :], stored[-far[0].stop, far[1]]
     assert np.all(ends[0] == np.dtype(dtype).type(ready.background))
-    assert np.dtype(dtype).type(ready.background) == ready.background
+    assert float(np.dtype(dtype).type(ready.background)) == ready.background
     if spacing is None:
         back = ready.array.astype(np.float64) * ready.std + ready.mean
         if normalization == "percentile":
