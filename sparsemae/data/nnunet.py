@@ -5,6 +5,7 @@ Labels are never taken, nor is imagesTs: a test set is for testing, unless it is
 """
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from sparsemae.data.written import Row, json_kind, listed, read_json
 
 DESCRIPTION = "dataset.json"
 IMAGES = "imagesTr"
+_NUMBER = re.compile(r"[0-9]{1,4}")
 
 
 def is_nnunet(root: str) -> bool:
@@ -60,7 +62,7 @@ def nnunet(root: str) -> Iterator[Entry]:
 def _channels(path: str, about: dict[str, Any]) -> dict[int | None, str]:
     """The names of the channels by number; nnU-Net 1 and the Decathlon call them modality."""
     names = about.get("channel_names", about.get("modality"))
-    if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
+    if not isinstance(names, dict) or not all(map(_NUMBER.fullmatch, names)):
         found = "missing" if names is None else json_kind(names)
         raise mistake(path, f'channel_names: {found}; write {{"0": NAME, ...}}')
     return {int(key): str(name) for key, name in names.items()}

@@ -7,6 +7,7 @@ stay below it; absolute ones are taken as they are.
 
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,8 @@ class Row:
 def read_text(path: str) -> str:
     """The text of a file in UTF-8, with or without a mark; bytes of other encodings as in names."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would block
+            raise mistake(path, "not a regular file; name the list itself")
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:

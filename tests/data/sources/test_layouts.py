@@ -171,6 +171,7 @@ def test_nnunet_with_listed_files(nnunet, tree):
         ({}, "channel_names: missing"),
         ({"channel_names": ["T1"]}, "channel_names: a list"),
         ({"channel_names": {"T1": 0}}, "channel_names: an object"),
+        ({"channel_names": {"0" * 5000: "T1"}}, "channel_names: an object"),
         ({**NEW, "file_ending": ".png"}, "file_ending '.png' is none of .nii.gz"),
         ({**NEW, "file_ending": 1}, "file_ending 1 is none of"),
         ({**NEW, "file_ending": ".mha"}, r"no \*.mha in it; check file_ending"),

@@ -194,6 +194,13 @@ def test_a_list_of_another_name(written):
         find_sources([path])
 
 
+def test_a_pipe_is_no_list(tree):
+    path = tree() / "list.csv"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="not a regular file"):
+        find_sources([path])
+
+
 def collection(*images):
     """As nnssl's Collection.to_dict writes it."""
     session = {"session_id": "ses-1", "session_info": None, "images": list(images)}
