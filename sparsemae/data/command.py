@@ -80,8 +80,9 @@ def _report(summary: Summary, store: Path, part: Shard | None) -> int:
         print(f"shard {part.index}/{part.count}: {describe(counts, 0)}")
     else:
         print(f"{counts.ok} volumes stored in {store}")
-        if counts.warned:
-            print(f"{counts.warned} with a warning, see {store / WARNINGS}")
+        if summary.warnings:
+            codes = ", ".join(f"{n} {code}" for code, n in summary.warnings.most_common())
+            print(f"warnings: {codes}; see {store / WARNINGS}")
         _draw(store)
     left_out = [
         f"{n} {what}"

@@ -3,6 +3,7 @@
 The index is written last of what training or a person reads; a crash before it leaves the journals.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,8 +39,10 @@ class Rules:
         return rejected > self.max_failures * total
 
 
-def commit(ledger: Ledger, found: Found, rules: Rules) -> tuple[Store, tuple[Record, ...]]:
-    """Write records and index; the store and its failures.
+def commit(
+    ledger: Ledger, found: Found, rules: Rules
+) -> tuple[Store, tuple[Record, ...], Counter[str]]:
+    """Write records and index; the store, its failures, and how often it has each warning.
 
     `UserError` if too many volumes were rejected, or all: the records are written, no index is.
     """
@@ -56,7 +59,8 @@ def commit(ledger: Ledger, found: Found, rules: Rules) -> tuple[Store, tuple[Rec
     write_index(ledger.path, cases, ledger.config)
     sweep(ledger.path, cases)
     ledger.remove_journals()
-    return Store.open(ledger.path), tuple(failures)
+    codes = Counter(record.code for record in warnings)
+    return Store.open(ledger.path), tuple(failures), codes
 
 
 def _unusable(problem: Problem) -> Record:

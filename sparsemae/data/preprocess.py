@@ -6,6 +6,7 @@ it stopped, and ends with the same store. Shards are runs that process a part an
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +78,7 @@ class Summary:
 
     store: Store | None
     failures: tuple[Record, ...]  # all of the store's; () without one
+    warnings: Counter[str]  # how often each code
     progress: Progress
     stopped: bool = False
 
@@ -151,7 +153,7 @@ def preprocess(
             if shard is None and rules.broken_by(progress.rejected, progress.total):
                 break  # no later volume can mend that: `commit` refuses
         if shard is not None or (progress.done < progress.total and stopped()):
-            return Summary(None, (), progress, stopped=progress.done < progress.total)
+            return Summary(None, (), Counter(), progress, stopped=progress.done < progress.total)
         return Summary(*commit(ledger, found, rules), progress)
 
 
