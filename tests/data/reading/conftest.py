@@ -236,6 +236,10 @@ BAD = {
     "constant": ("intensity.constant", with_header(ramp() * 0 + 3)),
     "constant by slope": ("intensity.constant", with_header(scl_slope=1e-45, scl_inter=9)),
     "infinite slope": ("intensity.slope", with_header(scl_slope=np.inf)),
+    "infinite slope of floats": (
+        "intensity.slope",
+        with_header(ramp(dtype="f4"), scl_slope=-np.inf),
+    ),
     "slope too large": ("intensity.slope", with_header(scl_slope=3e38)),
     "NaN intercept": ("intensity.slope", with_header(scl_slope=2, scl_inter=np.nan)),
     "singular": ("geometry.affine", with_header(srow_x=[0, 0, 0, 1])),

@@ -63,6 +63,28 @@ def test_what_the_system_refuses(tmp_path, put, refused, monkeypatch):
     assert read_volume(path).path == path
 
 
+@pytest.mark.timeout(60)
+def test_a_file_that_becomes_a_pipe_is_not_waited_for(tmp_path, put, refused, monkeypatch):
+    """Between looking and opening, anything may take a file's place."""
+    status = os.stat(put(tmp_path / "a.nii"))
+    os.mkfifo(tmp_path / "pipe")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda *_, **__: status)
+        refused(tmp_path / "pipe", "container.not_file")
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_nothing_is_allocated_for_a_file_too_small_for_its_voxels(
+    tmp_path, put, refused, monkeypatch, name
+):
+    def allocate(*_):
+        raise AssertionError("the voxels were asked for")
+
+    monkeypatch.setattr("sparsemae.data.read.read_intensities", allocate)
+    refused(put(tmp_path / name, dim=[3, 800, 800, 800, 1, 1, 1, 1]), "container.short")
+    refused(put(tmp_path / name, dim=[3, 900, 900, 900, 1, 1, 1, 1]), "header.budget")
+
+
 def test_no_memory_is_one_line(tmp_path, put, refused, monkeypatch):
     path = put(tmp_path / "a.nii")
 
@@ -108,6 +130,13 @@ def test_any_compression_level(tmp_path, nifti, level):
     array = np.random.default_rng(0).integers(0, 999, (90, 91, 92)).astype("i2")
     (tmp_path / "a").write_bytes(gzip.compress(nifti(array), level))
     assert np.array_equal(read_volume(tmp_path / "a").array, array)
+
+
+def test_tiny_members_are_refused(tmp_path, nifti, ramp, refused):
+    data = nifti(ramp((90, 30, 30)))
+    parts = [gzip.compress(data[i : i + 64], 1) for i in range(0, len(data), 64)]
+    (tmp_path / "a").write_bytes(b"".join(parts))
+    refused(tmp_path / "a", "container.excess")
 
 
 def test_a_damaged_later_member_is_refused(tmp_path, nifti, refused):

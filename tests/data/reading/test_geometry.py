@@ -102,7 +102,7 @@ def test_without_forms_only_voxel_sizes_are_known(tmp_path, put, ramp, warned):
     assert np.array_equal(read_volume(path).affine, volume.affine)
 
 
-@pytest.mark.parametrize(("code", "factor"), [(1, 1e-3), (3, 1e3), (0, 1), (2, 1), (10, 1)])
+@pytest.mark.parametrize(("code", "factor"), [(1, 1e-3), (3, 1e3), (11, 1e3), (0, 1), (10, 1)])
 def test_units_are_converted_to_millimetres(tmp_path, put, affine, warned, code, factor):
     written = np.diag([factor, factor, factor, 1]) @ affine
     for options in ({"affine": written}, qform(written) | {"sform_code": 0}):

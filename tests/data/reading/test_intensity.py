@@ -72,6 +72,11 @@ def test_outliers_are_kept_with_a_warning(tmp_path, put, warned, value):
     assert f"{value:g}" in message
 
 
+def test_an_outlier_among_zeros(tmp_path, put, warned):
+    volume = read_volume(put(tmp_path / "a.nii", changed(1, 2e30, NOISE * 0)))
+    warned(volume, "intensity.nearly_constant", "intensity.outliers")
+
+
 def test_a_bright_vessel_is_no_outlier(tmp_path, put, warned):
     warned(read_volume(put(tmp_path / "a.nii", changed(1, 10_000))))
     warned(read_volume(put(tmp_path / "a.nii", changed(1, 100_000))), "intensity.outliers")
@@ -104,9 +109,10 @@ def test_padding_of_scaled_and_float_data(tmp_path, put, warned):
         changed(2000, -1100, CT),  # air, clipped elsewhere
         changed(9, -3024, CT),  # too few for padding
         (np.arange(10_000) % 8192 - 4096).astype("i2").reshape(20, 20, 25),  # phase, no gap
+        changed(2000, -1600, np.clip(CT * 2, -1550, 3000)),  # many at an end that is no gap away
         np.where(NOISE > 100, np.float32(1), np.float32(-2000)),  # two values: nothing to compare
     ],
-    ids=["CT", "air", "few", "phase", "binary"],
+    ids=["CT", "air", "few", "phase", "clipped", "binary"],
 )
 def test_what_is_no_padding_is_left_alone(tmp_path, put, warned, array):
     volume = read_volume(put(tmp_path / "a.nii", array))
