@@ -101,7 +101,7 @@ class SampleReader:
 
     def _read(self, case: Case, rng: np.random.Generator) -> Sample:
         # where, then how: always the same numbers, so that no option changes the others' outcome
-        begin = self._begin(case, rng.random(8))
+        begin = self._begin(case, rng.random(5))
         transform = Draw((False,) * 3, None)
         if self.augment is not None:
             transform = draw(rng, self.augment, case.spacing)
@@ -130,7 +130,7 @@ class SampleReader:
         mask = self.store.read_box(case, start, stop, kind="excluded")[0]
         return mask if mask.any() else None
 
-    def _begin(self, case: Case, random: Float[np.ndarray, "8"]) -> Int[np.ndarray, "3"]:
+    def _begin(self, case: Case, random: Float[np.ndarray, "5"]) -> Int[np.ndarray, "3"]:
         """The volume's voxel that is the patch's first; negative where the volume is smaller."""
         room = np.subtract(case.shape, self.patch_size)
         least = np.where(room < 0, -(-room // 2), 0)
@@ -144,7 +144,6 @@ class SampleReader:
             if len(able):
                 chosen = able[int(random[4] * len(able))]
                 least, most = low[chosen] - half, high[chosen] - half
-                random = random[5:]
         return least + np.floor(random[:3] * (most - least + 1)).astype(int)
 
 

@@ -48,7 +48,7 @@ def drawn(reader, sample):
     """Case number, first voxel of the patch, and transform of a sample."""
     case = reader.case_of(sample)
     rng = generator_of(sample, len(reader.store), reader.seed)
-    return int(case.id), reader._begin(case, rng.random(8)), draw(rng, reader.augment, case.spacing)
+    return int(case.id), reader._begin(case, rng.random(5)), draw(rng, reader.augment, case.spacing)
 
 
 def reference(i, begin, matrix):
@@ -145,7 +145,7 @@ def test_a_patch_beyond_the_volume_is_background_and_excluded(store):
 def drawn_plain(reader, sample):
     case = reader.case_of(sample)
     rng = generator_of(sample, len(reader.store), reader.seed)
-    return int(case.id), reader._begin(case, rng.random(8))
+    return int(case.id), reader._begin(case, rng.random(5))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -220,24 +220,31 @@ def test_global_random_state_is_untouched(store):
     assert np.array_equal(np.random.get_state()[1], numpy_before)
 
 
-def test_one_ahead_is_one_ahead_and_passes_errors_on():
-    made = []
-
+def test_one_ahead_passes_items_and_errors_on():
     def stage(item):
-        made.append(item)
         if item == 4:
             raise KeyError(item)
         return -item
 
     staged = one_ahead(range(10), stage)
-    for i in range(4):
-        assert next(staged) == -i
-        assert len(made) <= i + 2
+    assert [next(staged) for _ in range(4)] == [0, -1, -2, -3]
     with pytest.raises(KeyError, match="4"):
         next(staged)
-    assert made == [0, 1, 2, 3, 4]
     assert list(one_ahead([], stage)) == []
     assert list(one_ahead([3, 2], stage)) == [-3, -2]
+
+
+@pytest.mark.timeout(30)
+def test_one_ahead_is_one_ahead():
+    made = [threading.Event() for _ in range(10)]
+    staged = one_ahead(range(10), lambda item: made[item].set())
+    for item in range(3):
+        next(staged)
+        assert made[item + 1].wait(20)
+        assert not made[item + 2].wait(0.05)
+    staged.close()
+    assert not made[4].is_set()
+    assert "sparsemae-prefetch" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_one_ahead_ends_its_thread_and_its_source(store):
