@@ -97,28 +97,32 @@ def card(view: View) -> Card:
 
 def draw_sheet(cards: Sequence[Card]) -> bytes:
     """The cards in rows, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
+    from matplotlib.image import imsave
 
     columns = min(_COLUMNS, len(cards))
-    height = _LABEL + _BOX + _MARGIN
-    width = _CARD + _MARGIN
-    canvas_height = -(-len(cards) // columns) * height + _MARGIN
-    canvas = np.full((canvas_height, columns * width + _MARGIN, 3), _PAPER, np.uint8)
-    figure = Figure(figsize=(canvas.shape[1] / _DPI, canvas.shape[0] / _DPI), dpi=_DPI)
-    for i, item in enumerate(cards):
-        top, left = _MARGIN + i // columns * height, _MARGIN + i % columns * width
-        canvas[top + _LABEL :][:_BOX, left:][:, :_CARD] = item.picture
-        for text, offset, size, color in (
-            (item.title, 11, 7.5, "#111"),
-            (item.line, 25, 6.5, "#666"),
+    width, height = _CARD + _MARGIN, _LABEL + _BOX + _MARGIN
+    size = np.array([columns * width, -(-len(cards) // columns) * height]) + _MARGIN
+    corners = [divmod(i, columns) for i in range(len(cards))]
+    corners = [(_MARGIN + row * height, _MARGIN + column * width) for row, column in corners]
+    figure = Figure(figsize=(size + 0.01) / _DPI, dpi=_DPI)
+    for item, (top, left) in zip(cards, corners, strict=True):
+        for text, offset, style in (
+            (item.title, 11, {"size": 7.5, "color": "#111"}),
+            (item.line, 25, {"size": 6.5, "color": "#666"}),
         ):
-            place = left / canvas.shape[1], 1 - (top + offset) / canvas.shape[0]
-            figure.text(*place, text, size=size, color=color, parse_math=False)
-    figure.figimage(canvas, origin="upper")
-    file = io.BytesIO()
+            place = left / size[0], 1 - (top + offset) / size[1]
+            figure.text(*place, text, parse_math=False, **style)
+    agg = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a script that the font does not have
-        figure.savefig(file, format="png", dpi=_DPI)
+        agg.draw()
+    sheet = np.array(agg.buffer_rgba())
+    for item, (top, left) in zip(cards, corners, strict=True):
+        sheet[top + _LABEL :, left:, :3][:_BOX, :_CARD] = item.picture
+    file = io.BytesIO()
+    imsave(file, sheet, format="png")
     return file.getvalue()
 
 

@@ -88,7 +88,7 @@ def write_report(path: Path | str) -> None:
     parts = [
         _head(store, facts),
         _damage(damaged),
-        _charts(facts, intensities, len(cards)),
+        _charts(facts, intensities),
         _sheet(sheet, len(cards), len(store)),
         _table(facts),
         _reasons(_REJECTED, f"In full: {FAILURES}.", facts.rejected),
@@ -160,7 +160,7 @@ def _damage(errors: Sequence[str]) -> str:
     return f"<h2>Damaged files</h2>{_list(errors)}"
 
 
-def _charts(facts: Survey, intensities: Intensities, sampled: int) -> str:
+def _charts(facts: Survey, intensities: Intensities) -> str:
     charts = [
         ("Source: smallest voxel size, mm", bars, facts.source_spacing.min(axis=1)),
         ("Source: largest voxel size, mm", bars, facts.source_spacing.max(axis=1)),
@@ -171,7 +171,7 @@ def _charts(facts: Survey, intensities: Intensities, sampled: int) -> str:
     ]
     figures = [_figure(label, draw(values, label)) for label, draw, values in charts]
     if intensities.rows:
-        label = f"Stored intensities, {sampled} volumes; black: mean"
+        label = f"Stored intensities of {len(intensities.rows)}; black: their mean"
         figures.insert(0, _figure(label, lines(intensities.edges, intensities.rows, label)))
     return (
         f'<h2>Distributions</h2><div class="charts">{"".join(figures)}</div>'
@@ -197,12 +197,12 @@ def _sheet(png: bytes, drawn: int, total: int) -> str:
 def _table(facts: Survey) -> str:
     """Data sets and modalities, the most frequent first."""
     kinds = sorted(facts.kinds.items(), key=lambda item: (-item[1].total(), item[0]))
-    rows = [(*map(_text, kind), _splits(counts)) for kind, counts in kinds[:KINDS]]
+    rows = [(*(_text(name) or "-" for name in kind), _splits(n)) for kind, n in kinds[:KINDS]]
     if others := kinds[KINDS:]:
         rest = sum((counts for _, counts in others), Counter())
         rows.append((f"{len(others)} others", "", _splits(rest)))
     body = "".join(
-        f"<tr><td>{dataset or '-'}</td><td>{modality or '-'}</td>{counts}</tr>"
+        f"<tr><td>{dataset}</td><td>{modality}</td>{counts}</tr>"
         for dataset, modality, counts in rows
     )
     return (
