@@ -5,8 +5,7 @@ checked here and libraries only interpret headers. D, H, W are voxels left to ri
 anterior, inferior to superior. docs/bad-input.md lists what is refused or warned about.
 """
 
-import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,20 +19,17 @@ from sparsemae.data.geometry import SPACING_RANGE, displacement, voxel_sizes
 from sparsemae.data.header import Header
 from sparsemae.data.intensity import check_intensities, read_intensities
 from sparsemae.data.labels import check_labels, read_classes, read_set
-from sparsemae.errors import UserError
 
 __all__ = [
     "SPACING_RANGE",
     "SUFFIXES",
     "Labels",
     "Volume",
-    "find_volumes",
     "one_line",
     "read_labels",
     "read_mask",
     "read_volume",
     "sniff",
-    "volume_name",
     "voxel_sizes",
 ]
 
@@ -140,44 +136,3 @@ def _check_grid(
             "labels.affine",
             f"lies up to {apart:.4g} mm off {like.path}; resample it to the image",
         )
-
-
-def volume_name(path: Path) -> str:
-    """The file name without the extension of a volume."""
-    for suffix in SUFFIXES:
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.name
-
-
-def find_volumes(sources: Sequence[Path]) -> list[Path]:
-    """NIfTI files among `sources`: files as given, folders searched recursively by extension.
-
-    Hidden files and folders are skipped; the result is sorted, each file once. A missing source, a
-    folder without NIfTI and a given file that is not NIfTI raise `UserError`.
-    """
-    found: dict[str, Path] = {}
-    for source in map(Path, sources):
-        if source.is_dir():
-            files = _search(source)
-            if not files:
-                raise UserError(f"{source}: no .nii or .nii.gz file in this folder; check the path")
-        else:
-            sniff(source)
-            files = [source]
-        found.update((os.path.abspath(file), file) for file in files)
-    if not found:
-        raise UserError("no source given; name a folder or a NIfTI file")
-    return [found[key] for key in sorted(found)]
-
-
-def _search(folder: Path) -> list[Path]:
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [
-            Path(parent, name)
-            for name in names
-            if name.lower().endswith((".nii", ".nii.gz")) and not name.startswith(".")
-        ]
-    return files

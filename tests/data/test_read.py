@@ -4,8 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sparsemae.data.read import find_volumes, read_volume
-from sparsemae.errors import UserError
+from sparsemae.data.read import read_volume
 
 AFFINE = np.array([[2.0, 0.1, 0, -7], [-0.1, 1.5, 0.2, 3], [0, -0.2, 3.0, 11], [0, 0, 0, 1]])
 ALL_48 = [
@@ -64,26 +63,3 @@ def test_scaling_frames_and_byte_order(tmp_path):
     volume = read_volume(tmp_path / "a.nii")
     assert volume.array.shape == (5, 6, 7)
     np.testing.assert_allclose(volume.array, raw.get_fdata()[..., 0], rtol=1e-6)
-
-
-def test_find_volumes(tmp_path):
-    for name in ("b/x.nii.gz", "a.nii", "b/c/Y.NII", ".hidden/x.nii", "b/._x.nii.gz", "notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    names = ["a.nii", "b/c/Y.NII", "b/x.nii.gz"]
-    assert find_volumes([tmp_path]) == [tmp_path / n for n in names]
-    assert find_volumes([tmp_path / "b", tmp_path]) == [tmp_path / n for n in names]
-    given = save(tmp_path / "image.dat.nii", ramp()).rename(tmp_path / "image.dat")
-    assert find_volumes([given]) == [given]
-
-
-def test_find_volumes_refuses(tmp_path):
-    (tmp_path / "readme.txt").write_text("text")
-    for sources, message in (
-        ([tmp_path], "no .nii or .nii.gz file"),
-        ([tmp_path / "nowhere"], "no such file"),
-        ([tmp_path / "readme.txt"], "not a NIfTI file"),
-        ([], "no source given"),
-    ):
-        with pytest.raises(UserError, match=message):
-            find_volumes(sources)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparsemae.data.codes import VolumeError
-from sparsemae.data.read import read_volume, sniff, volume_name
+from sparsemae.data.read import read_volume, sniff
 
 ODD_NAMES = [
     "two words.nii.gz",
@@ -235,8 +235,3 @@ def test_broken_pairs_name_the_broken_half(tmp_path, nifti, refused):
     (tmp_path / "b.hdr.gz").write_bytes(packed)
     (tmp_path / "b.img.gz").write_bytes(gzip.compress(data[352:]))
     refused(tmp_path / "b.hdr.gz", "container.damaged")
-
-
-def test_volume_name(tmp_path):
-    names = ("a.b.nii.gz", "a.b.NII", "a.b.hdr", "a.b.img.gz", "a.b.nrrd", "a.b.mhd", "a.b")
-    assert {volume_name(tmp_path / name) for name in names} == {"a.b"}

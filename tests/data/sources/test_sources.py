@@ -45,6 +45,13 @@ def test_every_format_is_found_and_pairs_once(tree):
     }
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_suffixes_are_split_off_whole(suffix):
+    assert scan.split_suffix(f"a.b{suffix}") == ("a.b", suffix)
+    assert scan.split_suffix(f"a.b{suffix.upper()}") == ("a.b", suffix)
+    assert scan.split_suffix(f"a.b{suffix}x") == (f"a.b{suffix}x", "")
+
+
 def test_equal_names_with_other_suffixes_or_case(tree):
     data = tree("x.nii.gz", "x.nii", "X.nii.gz", "x.mha")
     ids = found(data)
