@@ -94,6 +94,7 @@ def test_ids_of_the_user_come_first_and_problems_last():
     assert ids[2] == "x"
     assert ids[1].startswith("x-")
     assert len(set(ids)) == 3
+    assert assign_ids([entry("x", code="source.missing"), entry("x", path="/2")])[1] == "x"
 
 
 def test_even_one_file_many_times_has_ids():
