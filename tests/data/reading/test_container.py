@@ -81,7 +81,9 @@ def test_nothing_is_allocated_for_a_file_too_small_for_its_voxels(
         raise AssertionError("the voxels were asked for")
 
     monkeypatch.setattr("sparsemae.data.read.read_intensities", allocate)
-    refused(put(tmp_path / name, dim=[3, 800, 800, 800, 1, 1, 1, 1]), "container.short")
+    for size in (250, 800):  # below and above the size from which voxels are read ahead
+        path = put(tmp_path / name, dim=[3, size, size, size, 1, 1, 1, 1])
+        refused(path, "container.short")
     refused(put(tmp_path / name, dim=[3, 900, 900, 900, 1, 1, 1, 1]), "header.budget")
 
 
@@ -230,7 +232,7 @@ def test_broken_pairs_name_the_broken_half(tmp_path, nifti, refused):
         read_volume(header)
     assert caught.value.code == "container.missing"
     assert str(voxels) in str(caught.value)
-    packed = bytearray(gzip.compress(data[:348]))
+    packed = bytearray(gzip.compress(data[:348] + bytes(5000)))  # longer than what is sniffed
     packed[-6] ^= 1
     (tmp_path / "b.hdr.gz").write_bytes(packed)
     (tmp_path / "b.img.gz").write_bytes(gzip.compress(data[352:]))

@@ -62,7 +62,7 @@ def write(itk, tmp_path, voxels):
 
     def make(name, text, data=None):
         end = "\n" if text.startswith("NRRD") else ""
-        (tmp_path / name).write_bytes((text + end).encode() + (voxels if data is None else data))
+        (tmp_path / name).write_bytes(os.fsencode(text + end) + (voxels if data is None else data))
         return tmp_path / name
 
     return make
@@ -190,6 +190,7 @@ REFUSED = {
     "digits without end": ("header.field", META.replace("5 6 7", "9" * 5000)),
     "units": ("header.field", META.replace("DimSize", "DistanceUnits = inch\nDimSize")),
     "space": ("geometry.affine", NRRD.replace("left-posterior-superior", "banana")),
+    "not UTF-8": ("geometry.affine", NRRD.replace("left-posterior-superior", "\udcff")),
     "no direction": ("header.field", NRRD.replace("(0,1.5,0)", "none")),
     "NaN direction": ("geometry.affine", NRRD.replace("(0,1.5,0)", "(0,nan,0)")),
     "zero direction": ("geometry.affine", NRRD.replace("(0,1.5,0)", "(0,0,0)")),
