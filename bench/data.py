@@ -33,14 +33,13 @@ from sparsemae.models.mae import SparseMAE, masked_mse
 from sparsemae.models.resenc import ResEncUNet
 from sparsemae.training import State, StepRecord, TrainConfig, fit, make_optimizer
 
-VOLUMES = 44_000  # of the largest published pre-training sets of head MR
+VOLUMES = 44_000  # a published pre-training set of head MR
 SEED = 0
 CELL = 16  # voxels per axis of a mask cell
 ALWAYS = AugmentConfig(rotation_probability=1.0, scale_probability=1.0)
 AUGMENTS = {"": None, "drawn": AugmentConfig(), "all resampled": ALWAYS}
 
 Row = dict[str, Any]
-
 
 PARTS = ("preprocess", "read", "augment", "wait")
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import blosc2
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from sparsemae.data.frame import read_array
 from sparsemae.data.store import write_image, write_mask
@@ -92,6 +93,18 @@ def test_equal_input_gives_equal_bytes(tmp_path):
     assert one == two
     files = [(tmp_path / name / one.file).read_bytes() for name in ("one", "two")]
     assert files[0] == files[1]
+
+
+def test_bytes_are_shuffled_where_that_is_smaller(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 40, (1, 70, 70, 70)) / 7
+    smooth = ndimage.gaussian_filter(volume(0, (70, 70, 70)), (0, 2, 2, 2))
+    for name, array, shuffled in (("levels", levels, False), ("smooth", smooth, True)):
+        stored = write_image(tmp_path, name, array)
+        assert np.array_equal(
+            read_array(tmp_path, stored, (0, 0, 0), (70, 70, 70)), array.astype(np.float16)
+        )
+        filters = blosc2.open(str(tmp_path / stored.file), mode="r").schunk.cparams.filters
+        assert (blosc2.Filter.SHUFFLE in filters) == shuffled
 
 
 @pytest.mark.parametrize("value", [65520.0, -1e30, np.inf, np.nan])
