@@ -87,13 +87,13 @@ class Ledger:
             yield from _committed(self.path)
         for journal in sorted((self.path / JOURNALS).glob("*.jsonl")):
             with journal.open("rb") as file:
-                yield from (line for line in file if line.endswith(b"}\n"))
+                yield from file
 
     def _keep(self, line: bytes, stamps: dict[str, str]) -> None:
         try:
             outcome = _outcome(json.loads(line))
         except (ValueError, TypeError, KeyError):
-            return  # two lines run together by a crash: the case is made again
+            return  # cut short by a crash: the case is made again
         if stamps.get(outcome.id) == outcome.stamp:
             self.entries[outcome.id] = _entry(outcome, line)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsemae.data.case import Job, Outcome, Record, failed, process, stamp_of
-from sparsemae.data.codes import Notice
+from sparsemae.data.codes import Notice, one_line
 from sparsemae.data.commit import Rules, commit
 from sparsemae.data.ledger import (
     JOURNALS,

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from sparsemae.data.case import content_of
 from sparsemae.data.codes import CODES
 from sparsemae.data.options import FilterConfig, PreprocessConfig
 from sparsemae.data.phantom import write_heads
@@ -16,6 +17,7 @@ from sparsemae.data.preprocess import Shard, preprocess
 from sparsemae.data.read import read_volume
 from sparsemae.data.store import Store
 from sparsemae.data.transforms import prepare
+from sparsemae.data.workers import Lost
 from sparsemae.errors import UserError
 
 KEEP = PreprocessConfig(spacing=None)
@@ -91,10 +93,11 @@ def test_orientation_of_the_file_does_not_matter(heads, tmp_path):
     np.testing.assert_array_equal(summary.store.read(a), summary.store.read(b))
     np.testing.assert_allclose(a.affine, b.affine, atol=1e-4)
     # and they are found to be one volume, which must not be on both sides of the split
-    assert {r["code"] for r in records(tmp_path / "store", "warnings.jsonl")} == {
-        "duplicate.content"
-    }
     assert {a.split, b.split} == {"train"}
+    for _ in range(2):
+        found = records(tmp_path / "store", "warnings.jsonl")
+        assert [r["code"] for r in found] == ["duplicate.content"] * 2
+        preprocess([tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"], tmp_path / "store")
 
 
 def test_bad_volumes_are_recorded_once_and_the_rest_goes_on(tmp_path, save_volume):
@@ -180,6 +183,50 @@ def test_too_many_failures_are_fatal_and_what_is_done_is_kept(volumes, tmp_path)
     with pytest.raises(UserError, match="rejected"):
         preprocess([source], tmp_path / "strict", max_failures=0.0)
     assert len(records(tmp_path / "strict")) == 1  # at the first
+
+
+def test_a_lost_worker_is_not_the_last_word(volumes, tmp_path, monkeypatch):
+    """Memory may have been short: a later run tries again what a broken file fails for ever."""
+    source, store = volumes(4), tmp_path / "store"
+    (source / "v001.nii.gz").write_bytes(b"")
+
+    def lose_one(function, jobs, *args, **kwargs):
+        for job in jobs:
+            lost = Lost("worker.killed", "its process ended with signal SIGKILL", 2.5)
+            yield job, lost if job.source.id == "v002" else function(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsemae.data.preprocess.run_jobs", lose_one)
+        summary = preprocess([source], store)
+    assert [(f.id, f.code, f.stage) for f in summary.failures] == [
+        ("v001", "container.empty", "read"),
+        ("v002", "worker.killed", "worker"),
+    ]
+    assert "v002.nii.gz: processing it twice failed" in summary.failures[1].message
+    assert "SIGKILL" in summary.failures[1].message
+    assert summary.failures[1].seconds == 2.5
+    summary = preprocess([source], store)
+    assert (summary.progress.kept, summary.progress.ok) == (3, 3)
+    assert [f.id for f in summary.failures] == ["v001"]
+
+
+def test_a_frame_of_several(tmp_path):
+    frames = np.random.default_rng(0).integers(1, 900, (12, 12, 12, 3)).astype(np.int16)
+    nib.save(nib.Nifti1Image(frames, np.eye(4)), tmp_path / "a.nii")
+    with pytest.raises(UserError, match="frame"):
+        preprocess([tmp_path / "a.nii"], tmp_path / "store", KEEP)
+    config = PreprocessConfig(spacing=None, frame=1)
+    store = preprocess([tmp_path / "a.nii"], tmp_path / "store", config, overwrite=True).store
+    (case,) = store.cases
+    found = store.read(case)[0] * case.std + case.mean
+    np.testing.assert_allclose(found, frames[..., 1], atol=1)
+
+
+def test_equal_content_is_equal_shape_and_voxels():
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    assert content_of(array) == content_of(np.asfortranarray(array))
+    assert content_of(array) != content_of(array.reshape(4, 3, 2))
+    assert content_of(array) != content_of(array + 1)
 
 
 def test_the_split_is_by_subject(tmp_path, save_volume):
