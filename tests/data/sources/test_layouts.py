@@ -12,6 +12,7 @@ STUDY = (
     "participants.tsv",
     "sub-01/anat/sub-01_T1w.nii.gz",
     "sub-01/anat/sub-01_T1w.json",
+    "sub-01/anat/other_T1w.nii.gz",
     "sub-01/anat/sub-01_run-2_T2w.nii.gz",
     "sub-01/func/sub-01_task-rest_bold.nii.gz",
     "sub-02/ses-a/anat/sub-02_ses-a_acq-x_FLAIR.nii",
@@ -54,8 +55,10 @@ def test_parts_of_a_study_are_the_study(tree):
         assert sources
         assert set(sources) <= set(whole)
         assert find_sources([study / level]).sources == sources
-    assert set(find_sources([study / "sub-*/anat/*_T1w.nii.gz"]).sources) <= set(whole)
-    assert set(find_sources(sorted(study.glob("sub-*/anat/*_T?w.nii.gz"))).sources) <= set(whole)
+    assert set(find_sources([study / "sub-*/anat/sub-*_T1w.nii.gz"]).sources) <= set(whole)
+    assert set(find_sources(sorted(study.glob("sub-*/anat/sub-*_T?w.nii.gz"))).sources) <= set(
+        whole
+    )
     assert {s.group for s in find_sources([study / "sub-02"]).sources} == {"data/sub-02"}
 
 
@@ -145,15 +148,18 @@ def test_a_channel_that_was_not_announced(nnunet):
     }
 
 
-def test_several_data_sets_of_nnunet(nnunet):
+def test_several_data_sets_of_nnunet(nnunet, tree):
     one, two = nnunet(NEW, *FILES), nnunet(NEW, *FILES, root="Dataset002_More")
     both = find_sources([one, two]).sources
     assert len({s.id for s in both}) == 6
     assert len({s.group for s in both}) == 4
     assert both == find_sources([one.parent / "Dataset*"]).sources
+    moved = [data.rename(tree(root="elsewhere") / data.name) for data in (one, two)]
+    assert {s.id for s in find_sources(moved).sources} == {s.id for s in both}
     with pytest.raises(UserError, match="labelsTr would be taken for images; name this nnU-Net"):
-        find_sources([one.parent])
-    assert any("labelsTr" in s.id for s in find_sources([one.parent], layout="folder").sources)
+        find_sources([moved[0].parent])
+    whole = find_sources([moved[0].parent], layout="folder").sources
+    assert any("labelsTr" in s.id for s in whole)
 
 
 def test_nnunet_with_listed_files(nnunet, tree):
@@ -186,4 +192,4 @@ def test_what_is_no_data_set_of_nnunet(nnunet, about, message):
 
 def test_a_plain_reading_can_be_forced(nnunet, tree):
     assert len(find_sources([nnunet(NEW, *FILES)], layout="folder").sources) == 5
-    assert len(find_sources([tree(*STUDY)], layout="folder").sources) == 12
+    assert len(find_sources([tree(*STUDY)], layout="folder").sources) == 13

@@ -55,7 +55,16 @@ def test_jsonl_says_the_same(written):
 
 
 @pytest.mark.parametrize(
-    "name", ["a,b.nii", 'say "hi".nii', "two\nlines.nii", " spaced .nii", "é.nii"]
+    "name",
+    [
+        "a,b.nii",
+        'say "hi".nii',
+        "two\nlines.nii",
+        "two\r\nlines.nii",
+        "a\u2028b.nii",
+        " spaced .nii",
+        "é.nii",
+    ],
 )
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
@@ -63,7 +72,9 @@ def test_quoting_marks_and_line_ends(written, name, start, end):
     quoted = '"' + name.replace('"', '""') + '"'
     path = written("list.csv", start + b"path,subject" + end + quoted.encode() + b",s" + end, name)
     assert only(path).path == path.parent / name
-    path = written("list.jsonl", start + json.dumps({"path": name}).encode() + end)
+    path = written(
+        "list.jsonl", start + json.dumps({"path": name}, ensure_ascii=False).encode() + end
+    )
     assert only(path).path == path.parent / name
 
 

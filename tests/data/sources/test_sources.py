@@ -213,11 +213,22 @@ def test_an_unreadable_folder_is_a_problem(tree, monkeypatch):
         ("a/x_sub-3_T2w.nii", ("sub-3", None, "T2w")),
         ("T1w.nii", ("T1w", None, None)),
         ("xsub-3_mask.nii", ("xsub-3_mask", None, None)),
+        ("sub-1/ses-1/sub-2/ses-2/x.nii", ("sub-2", "ses-2", None)),
     ],
 )
 def test_what_a_place_says(tree, name, expected):
     (facts,) = subjects(tree(name)).values()
     assert facts == expected
+
+
+def test_a_place_in_a_study_says_as_much_as_the_study(tree):
+    data = tree("sub-1/ses-2/x.nii", "sub-1/ses-2/extra/y.nii", "sub-projects/flat/z.nii")
+    (whole,) = (s for s in find_sources([data]).sources if s.path.name == "x.nii")
+    part = find_sources([data / "sub-1" / "ses-2"], layout="folder").sources
+    assert {(s.subject, s.session, s.dataset) for s in part} == {("sub-1", "ses-2", "data")}
+    assert {s.group for s in part} == {whole.group}
+    (far,) = find_sources([data / "sub-projects" / "flat"]).sources
+    assert far.group == "flat/z"  # what is further up is no subject
 
 
 def test_single_files_are_placed_below_what_they_share(tree):
@@ -241,7 +252,15 @@ def test_a_file_is_known_by_its_content(tree):
 
 def test_patterns(tree):
     data = tree(
-        "a/1.nii", "a/1.txt", "a/b/2.nii", "a/.h.nii", "c/3.nii", "c/4.hdr", "c/4.img", "[x].nii"
+        "a/1.nii",
+        "a/1.txt",
+        "a/b/2.nii",
+        "a/.h.nii",
+        ".h/5.nii",
+        "c/3.nii",
+        "c/4.hdr",
+        "c/4.img",
+        "[x].nii",
     )
     for pattern, expected in (
         ("*/*.nii", {"a/1.nii", "c/3.nii"}),
