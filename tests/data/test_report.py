@@ -13,11 +13,11 @@ import pytest
 from sparsemae.data.case import Record
 from sparsemae.data.charts import bars, lines
 from sparsemae.data.codes import CODES
-from sparsemae.data.contact import AXES, card, contact_sheet, views
+from sparsemae.data.contact import AXES, View, card, contact_sheet, views
 from sparsemae.data.ledger import FAILURES, WARNINGS, write_records
 from sparsemae.data.report import write_report
 from sparsemae.data.store import Store, write_index
-from sparsemae.data.survey import EXAMPLES, survey
+from sparsemae.data.survey import EXAMPLES, Intensities, survey
 
 EVIL = "<script>alert('1')</script>\"&"
 VOID = {"meta", "img", "br"}
@@ -85,12 +85,12 @@ def test_the_page_tells_what_is_in_the_store(store):
     failures = [record("container.truncated", i) for i in range(7)]
     failures += [record("unexpected.OSError", 8), record("quality.slices", 9, "filter")]
     write_records(store.path, FAILURES, failures)
-    notes = [record("duplicate.content", i) for i in range(2)] + [record("geometry.units", 1)]
+    notes = [record("duplicate.content", i) for i in range(3)] + [record("geometry.units", 1)]
     write_records(store.path, WARNINGS, notes)
     write_report(store.path)
     page = Page(store.path / "dataset.html")
     for words in (
-        *("3 volumes stored", "2 of them with a warning", "8 rejected", "2 copies of another"),
+        *("3 volumes stored", "3 of them with a warning", "8 rejected", "3 copies of another"),
         *("1 left out by the filter", "3 for training", "0 for validation", "3 subjects"),
         *("1 with excluded voxels", "72 k voxels", "heads T1w 3 3 0", "normalization zscore"),
         *("container.truncated 7", "unexpected.OSError 1", "geometry.units 1", "the first 5"),
@@ -137,7 +137,7 @@ def test_names_are_text_and_nothing_else(make_store, tmp_path):
     assert r"\udcff\u202e" in page.text
 
 
-@pytest.mark.parametrize("odd", ["$x^{2}$ and $", "患者", "a" * 200, "%s{0}"])
+@pytest.mark.parametrize("odd", ["$x^{2}$ and $", r"$\frac$ $^$", "患者", "a" * 200, "%s{0}"])
 def test_any_id_can_be_drawn(make_store, tmp_path, odd, recwarn):
     store = make_store(tmp_path / "st", {"a": head()})
     case = replace(store.cases[0], id=odd)
@@ -194,7 +194,7 @@ def test_a_card_has_proportions_direction_and_excluded_voxels(make_store, tmp_pa
     array = np.full((48, 96, 24), -1.5, np.float32)
     array[36:, 60:, 12:] = 2
     mask = np.zeros(array.shape, bool)
-    mask[:12] = True
+    mask[:12] = mask[42:] = True
     store = make_store(tmp_path / "st", {"a": array}, {"a": mask}, spacing=(1.0, 1.0, 2.0))
     (view,) = views(store)
     image = card(view).picture.astype(int)
@@ -202,13 +202,27 @@ def test_a_card_has_proportions_direction_and_excluded_voxels(make_store, tmp_pa
     axial, coronal, sagittal = (image[:, k * 98 :][:, :96] for k in range(3))
     assert np.all(axial[:, :24] == 20)  # half as wide as high, on an empty ground
     assert np.all(axial[:, 72:] == 20)
-    assert np.all(axial[:30, 62:72] == 255)  # front and right
-    assert np.all(axial[40:, 40:72] == 0)
+    assert np.all(axial[:30, 62:66] == 255)  # front and right
+    assert np.all(axial[:30, 67:72] == (255, 150, 126))  # excluded there too
+    assert np.all(axial[40:, 40:66] == 0)
     left = axial[:, 24:36].reshape(-1, 3)
     assert np.all(left[:, 0] > left[:, 1] + 50)
     assert np.ptp(coronal[24:72, 40:58], axis=None) == 0  # dark: the middle plane is behind
     assert np.all(sagittal[24:72] == 0)  # and left of what is bright
     assert np.all(sagittal[:24] == 20)
+
+
+def test_intensities_leave_out_air_and_gather_what_lies_beyond(store):
+    case = store.cases[0]
+    plane = np.float16([[case.background] * 7 + [0.01, 0.01, 900]])
+    counted = Intensities(store.config)
+    counted.add(View(case, [plane], [plane > 9]))
+    counted.add(View(case, (), (), "damaged"))
+    counted.add(View(case, [np.full((2, 2), case.background, np.float16)], []))
+    (row,) = counted.rows
+    assert row.sum() == pytest.approx(1)
+    assert row[-1] == pytest.approx(1 / 3)
+    assert row[np.searchsorted(counted.edges, 0.01) - 1] == pytest.approx(2 / 3)
 
 
 def test_damaged_cases_are_named_and_the_rest_is_drawn(store):
