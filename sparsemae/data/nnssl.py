@@ -93,4 +93,4 @@ def _path(node: _Node | None) -> str | None:
     value = os.environ.get(first[1:])
     if not value:
         raise node.wrong(f"{first} is not set; export {first[1:]}=FOLDER")
-    return f"{value.rstrip('/')}{slash}{rest}"
+    return f"{value}{slash}{rest}"

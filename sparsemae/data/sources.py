@@ -193,9 +193,9 @@ def _once(entries: Sequence[Entry]) -> list[Entry]:
     """Each file once: as a list says rather than as its place does, else as it came first."""
     kept: dict[str, Entry] = {}
     conflicts = []
-    for entry in sorted(entries, key=lambda e: not e.listed):
+    for entry in sorted(entries, key=lambda e: not e.listed):  # so what is first is listed too
         first = kept.setdefault(os.path.abspath(entry.path), entry)
-        if entry.listed and first.listed and entry.facts() != first.facts():
+        if entry.listed and entry.facts() != first.facts():
             text = "listed twice and not alike; remove one line"
             entry.problem = problem("source.conflict", entry.path, text)
             conflicts.append(entry)
