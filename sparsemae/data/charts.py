@@ -85,6 +85,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def _count(tick: float) -> str:
+    """There is no half volume, nor a line for it."""
     return f"{tick:.0f}" if tick == int(tick) else ""
 
 
@@ -92,10 +93,10 @@ def _frame(x: _Scale, y: _Scale, write: Callable[[float], str]) -> list[str]:
     """Axes, ticks and their numbers."""
     shapes = []
     for tick in y.ticks(4):
-        line = f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{{0}}" y2="{{0}}"/>'
-        shapes.append(line.format(f"{y(tick):.1f}"))
-        text = write(tick)
-        shapes.append(f'<text class="y" x="{_LEFT - 4}" y="{y(tick) + 3.5:.1f}">{text}</text>')
+        if text := write(tick):
+            at = f'y1="{y(tick):.1f}" y2="{y(tick):.1f}"'
+            shapes.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {at}/>')
+            shapes.append(f'<text class="y" x="{_LEFT - 4}" y="{y(tick) + 3.5:.1f}">{text}</text>')
     for tick in x.ticks(5):
         shapes.append(
             f'<text class="x" x="{x(tick):.1f}" y="{_HEIGHT - 6}">{round(tick, 9):g}</text>'

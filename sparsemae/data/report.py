@@ -50,8 +50,8 @@ svg .y, svg .note { text-anchor: end } svg .grid { stroke: var(--line) }
 svg .bar { fill: var(--blue) } svg polyline { fill: none }
 svg .one { stroke: var(--blue); stroke-width: .7; opacity: .35 }
 svg .mean { stroke: #1c2733; stroke-width: 1.6 }
-.wide { overflow-x: auto } .wide img { display: block; min-width: 760px; width: 100%;
-  max-width: max-content; border: 1px solid var(--line); border-radius: 8px }
+.wide { overflow-x: auto }
+.wide img { display: block; border: 1px solid var(--line); border-radius: 8px }
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: 6px 14px 6px 0; min-width: 4.6em;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
@@ -123,14 +123,14 @@ def _head(store: Store, facts: Survey) -> str:
     )
     copies = facts.warnings.get(DUPLICATE, Reason()).count
     tiles = [
-        _tile(len(store), "volumes stored"),
+        _tile(len(store), "volume stored" if len(store) == 1 else "volumes stored"),
         _tile(facts.warned, "of them with a warning", "odd", _WARNED) if facts.warned else "",
         _tile(rejected, "rejected", "bad" if rejected else "", _REJECTED),
         _tile(filtered, "left out by the filter", "odd", _FILTERED) if filtered else "",
         _tile(copies, "copies of another", "odd", _WARNED) if copies else "",
         _tile(split["train"], "for training"),
         _tile(split["val"], "for validation"),
-        _tile(facts.subjects, "subjects"),
+        _tile(facts.subjects, "subject" if facts.subjects == 1 else "subjects"),
         _tile(facts.excluded, "with excluded voxels") if facts.excluded else "",
         _tile(_bytes(int(facts.bytes.sum())), "on disk"),
         _tile(_short(float(voxels.sum())), "voxels"),
@@ -171,7 +171,7 @@ def _charts(facts: Survey, intensities: Intensities) -> str:
     ]
     figures = [_figure(label, draw(values, label)) for label, draw, values in charts]
     if intensities.rows:
-        label = f"Stored intensities of {len(intensities.rows)}; black: their mean"
+        label = f"Stored intensities, {len(intensities.rows)} drawn; black: mean"
         figures.insert(0, _figure(label, lines(intensities.edges, intensities.rows, label)))
     return (
         f'<h2>Distributions</h2><div class="charts">{"".join(figures)}</div>'

@@ -236,7 +236,7 @@ def test_damaged_cases_are_named_and_the_rest_is_drawn(store):
     assert "Damaged files" in page.text
     assert str(path) in page.text
     assert str(store.path / store.cases[2].file) in page.text
-    assert "Stored intensities of 1;" in page.text
+    assert "Stored intensities, 1 drawn;" in page.text
 
 
 def numbers(svg, tag, name):
