@@ -1,6 +1,7 @@
 """The `sparsemae` command. It only parses and reports; the work is in the modules it calls.
 
-Exit codes: 0 done, 2 usage, configuration or data set, 3 some volumes rejected, 1 bug or machine.
+Exit codes: 0 done, 2 usage, configuration or data set, 3 some volumes rejected, 85 stopped as asked,
+1 bug or machine.
 """
 
 import sys
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemae.errors import DivergedError, UserError
+from sparsemae.errors import DivergedError, LoaderError, UserError
 
 app = typer.Typer(
     help="Pre-train 3D CNNs on medical volumes by masked autoencoding that skips masked voxels.",
@@ -167,7 +168,7 @@ def main() -> None:
         app()
     except UserError as error:
         _fail(str(error), 2)
-    except DivergedError as error:
+    except (DivergedError, LoaderError) as error:
         _fail(str(error), 1)
     except OSError as error:
         _fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1)

@@ -4,6 +4,8 @@ import errno
 import gzip
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -305,6 +307,16 @@ def test_trouble_of_the_machine_is_one_line_and_exit_1(made, tmp_path, monkeypat
     command[3] = tmp_path / "other"
     monkeypatch.setattr(pretrain, "save_checkpoint", full)
     assert refused(capfd, *command, code=1) == "model.safetensors: No space left on device"
+
+
+def test_a_killed_loader_process_is_one_line_exit_1(made, tmp_path, monkeypatch, capfd):
+    def die(reader, sample):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("sparsemae.data.samples.SampleReader.__call__", die)
+    words = ["pretrain", made / "store", "-o", tmp_path / "run", "--config", "tiny", *SMALL]
+    line = refused(capfd, *words, "--set", "data.workers=1", code=1)
+    assert re.match(r"case head_0\d: loader worker 0 was killed by SIGKILL", line)
 
 
 @pytest.mark.parametrize("words", [("pretrain",), ("preprocess", "x"), ("paint",), ("doctor", "x")])
