@@ -1,7 +1,7 @@
 """The `sparsemae` command. It only parses and reports; the work is in the modules it calls.
 
-Exit codes: 0 done, 2 usage, configuration or data set, 3 some volumes rejected, 85 stopped as asked,
-1 bug or machine.
+Exit codes: 0 done, 2 usage, configuration or data set, 3 some volumes rejected, 85 stopped by a
+signal as asked, 1 bug or machine.
 """
 
 import sys
