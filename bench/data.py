@@ -7,6 +7,7 @@ loader worker does. Voxels are compared before anything is timed.
 import contextlib
 import itertools
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -222,11 +223,13 @@ def _theirs(form: Reader, boxes: list[tuple[int, Box]]) -> Reads:
 
 
 def _time(ways: list[Reads], samples: int, state: str) -> None:
-    """Every way once per sample, in turn, after one that does not count."""
+    """Every way once per sample, after one that does not count, in changing order: what ran before
+    leaves the processor's caches and the heap as it likes."""
+    order = random.Random(SEED)
     for path in {path for way in ways for i in range(samples) for path in way.files(i)}:
         path.read_bytes()
     for i in (0, *range(samples)):
-        for way in ways:
+        for way in order.sample(ways, len(ways)):
             for path in way.files(i) if state == "cold" else ():
                 drop_from_cache(path)
             before, began = bytes_from_disk(), time.perf_counter()

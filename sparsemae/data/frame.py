@@ -9,14 +9,14 @@ with a name and no SIGBUS, and a reader has no open handle to share or to bring 
 Measured on the ICBM152 T1, resampled from 0.93 to 1 mm (212 x 251 x 203 voxels, float16), warm: MB
 on disk, and CPU milliseconds of random crops of 96^3 and 160^3 with all checks.
 
-    LZ4HC level 5, chunks of 64^3, blocks of 32^3   4.1   1.9   5.9
-    the same, blocks of 16^3                        4.4   2.4   6.8
-    the same, chunks of 32^3                        4.2   2.3   6.7
-    LZ4HC level 9                                   4.1   1.8   5.8   written in twice the time
-    LZ4 level 5                                     4.7   3.2   6.5
-    Zstandard level 5                               3.7   2.9   8.7
-    bits shuffled, not bytes                        4.8   3.9   9.4
-    nothing shuffled                                5.0   1.8   5.8
+    LZ4HC level 5, chunks of 64^3, blocks of 32^3   4.1   1.5   5.4
+    the same, blocks of 16^3                        4.4   1.6   6.2
+    the same, chunks of 32^3                        4.2   1.6   5.7
+    LZ4HC level 9                                   4.1   1.6   5.2   written in twice the time
+    LZ4 level 5                                     4.7   2.0   5.9
+    Zstandard level 5                               3.7   3.1   9.9
+    bits shuffled, not bytes                        4.8   3.9   9.7
+    nothing shuffled                                5.0   1.6   4.9
 
 Not resampled, with the few values a scanner gives, it takes 3.3 MB with bytes shuffled and 2.6
 without. How a volume was made does not tell which is better, so its middle is tried with both.
@@ -198,7 +198,8 @@ def _layout(read, size: int, stored: StoredFile | None = None) -> _Layout:
 def _extents(tail: bytes, header: int, chunks: int) -> tuple[np.ndarray, np.ndarray]:
     """Start and stop in the file of every chunk: they lie one after the other without gaps."""
     table = int.from_bytes(tail[12:16], "little")  # compressed bytes, in a chunk's own header
-    offsets = np.frombuffer(blosc2.decompress2(tail[:table]), np.int64)
+    # one thread: starting more took longer than reading a patch
+    offsets = np.frombuffer(blosc2.decompress2(tail[:table], nthreads=1), np.int64)
     starts = np.where(offsets < 0, 0, offsets)  # negative: a special value, nothing is stored
     bounds = np.append(np.sort(offsets[offsets >= 0]), chunks)
     stops = bounds[np.searchsorted(bounds, starts, side="right").clip(max=len(bounds) - 1)]
