@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 from sparsemae.data.entry import Entry, mistake, problem
 from sparsemae.data.place import Parts, Root, common_folder, folders_below
@@ -10,7 +11,7 @@ from sparsemae.data.scan import Folder, split_suffix, volumes, walk
 
 def plain(root: str, *, guard: bool = False) -> Iterator[Entry]:
     """All volumes in a folder and below. With `guard`, nnU-Net's labels are refused as images."""
-    top = Root.of(root)
+    top, found = Root.of(root), []
     for folder in walk(root):
         if guard and folder.parts[-1:] == ("labelsTr",) and _is_beside(folder, "imagesTr"):
             raise mistake(
@@ -20,8 +21,10 @@ def plain(root: str, *, guard: bool = False) -> Iterator[Entry]:
             )
         if folder.error is not None:
             yield unreadable(top, folder)
-        for name in volumes(folder.files):
-            yield found_at(top, folder.parts, name)
+        found += [(folder.parts, name) for name in volumes(folder.files)]
+    shared = _shared([parts for parts, _ in found])
+    for parts, name in found:
+        yield found_at(top, parts, name, shared)
 
 
 def given(paths: Sequence[str]) -> Iterator[Entry]:
@@ -37,14 +40,14 @@ def given(paths: Sequence[str]) -> Iterator[Entry]:
         yield Entry(path=path, parts=(stem,), origin=origin, **facts)
 
 
-def found_at(root: Root, folders: Parts, name: str) -> Entry:
-    """The file `name` in `folders` below `root`, with what its place says."""
+def found_at(root: Root, folders: Parts, name: str, shared: int = 0) -> Entry:
+    """The file `name` in `folders` below `root`, with what its place says; see `Root.facts`."""
     stem = split_suffix(name)[0]
     return Entry(
         path=os.path.join(root.path, *folders, name),
         parts=root.id_parts(folders, stem),
         origin=os.path.join(root.name, *folders, name),
-        **root.facts(folders, stem),
+        **root.facts(folders, stem, shared),
     )
 
 
@@ -56,6 +59,14 @@ def unreadable(root: Root, folder: Folder) -> Entry:
     entry = found_at(root, folder.parts[:-1], folder.parts[-1])
     entry.problem = problem("source.unreadable", folder.path, text)
     return entry
+
+
+def _shared(places: Sequence[Parts]) -> int:
+    """How many outer folders all places have in common: a lone `images` is no subject's name."""
+    if len(places) < 2:
+        return 0
+    pairs = zip(min(places), max(places), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _is_beside(folder: Folder, name: str) -> bool:

@@ -54,20 +54,21 @@ class Root:
             dataset = name
         return cls(path, name, dataset or None, tuple(found["parts"].split("/")) if found else ())
 
-    def facts(self, folders: Parts, stem: str) -> Facts:
+    def facts(self, folders: Parts, stem: str, shared: int = 0) -> Facts:
         """Of the file `stem` without suffix, in `folders` below this one.
 
         The subject is the entity sub-X of the name, else of the innermost folder that has one, else
-        the first folder, else the name, in nnU-Net's folders of images without the channel. The
-        session is ses-Y likewise, the modality what a BIDS name ends in, as _T1w, and the data set
-        the folder above that of the subject, else this one.
+        the first folder beyond the `shared` ones that hold everything, else the name, in nnU-Net's
+        folders of images without the channel. The session is ses-Y likewise, the modality what a
+        BIDS name ends in, as _T1w, and the data set the folder above that of the subject, else this
+        one.
         """
         around = (*self.inside, *folders)
         names = (stem, *reversed(around))
         alone = split_channel(stem)[0] if self.name in _NNUNET_IMAGES else stem
         start, _, ending = stem.rpartition("_")
         return {
-            "subject": _first(_SUBJECT, names) or (*folders, alone)[0],
+            "subject": _first(_SUBJECT, names) or (*folders[shared:], alone)[0],
             "session": _first(_SESSION, names),
             "modality": ending if start and ending in CONTRASTS else None,
             "dataset": self._dataset(folders),

@@ -202,6 +202,24 @@ def test_an_unreadable_folder_is_a_problem(tree, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["images/a.nii", "images/b.nii"], ["a", "b"]),
+        (["x/images/a.nii", "x/images/b.nii"], ["a", "b"]),
+        (["x/p1/t1.nii", "x/p1/t2.nii", "x/p2/t1.nii"], ["p1", "p1", "p2"]),
+        (["x/p1/t1.nii", "x/p2/t1.nii", "y/p1/t1.nii"], ["x", "x", "y"]),
+        (["x/p1/t1.nii", "x/q.nii"], ["p1", "q"]),
+        (["images/sub-1_T1w.nii", "images/sub-2_T1w.nii"], ["sub-1", "sub-2"]),
+        (["images/a.nii"], ["images"]),
+    ],
+)
+def test_folders_around_everything_are_no_subject(tree, names, found):
+    """Else a lone `images` would be the only subject, and nothing could be held out."""
+    sources = find_sources([tree(*names)], layout="folder").sources
+    assert [s.subject for s in sorted(sources, key=lambda s: s.path)] == found
+
+
+@pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("p1_t1.nii", ("p1_t1", None, None)),
