@@ -9,16 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
+from sparsemae.data.air import Triple, find_air
 from sparsemae.data.codes import Notice, VolumeError, one_line
 from sparsemae.data.normalize import Flat, Scale, measure
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.read import Volume
 from sparsemae.data.resample import Grid, resample, resample_mask, resampled_grid
-
-Triple = tuple[int, int, int]
-
-DARK = 0.25  # of the way from the 1st to the 99th percentile: tissue on the faces is above it
-_SAMPLE = 1 << 17  # voxels, evenly spread, for percentiles
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Prepared:
     std: float
     crop_start: Triple
     crop_stop: Triple
-    foreground: Bool[np.ndarray, "d h w"]  # the anatomy mask, or where the volume is not background
+    foreground: Bool[np.ndarray, "d h w"]  # the anatomy mask, or what stands out of air's noise
     excluded: Bool[np.ndarray, "d h w"] | None = None  # None if no voxel is
     warnings: tuple[Notice, ...] = field(default=())
 
@@ -52,33 +48,33 @@ def prepare(
     Raises:
         VolumeError: `geometry.too_large` or `intensity.flat`.
     """
-    background = background_of(volume.array)
-    start, stop = crop_box(volume.array, background)
+    air = find_air(volume.array)
+    start, stop = air.crop(volume.array)
     box = tuple(map(slice, start, stop))
     cropped = volume.array[box]
     affine = np.array(volume.affine, dtype=np.float64)
     affine[:3, 3] += (affine[:3, :3] * start).sum(axis=1)
     grid = _grid(volume, cropped.shape, affine, config)
-    inside = cropped != background
+    inside = cropped != air.value
     try:
-        scale = measure(cropped[inside], background, config)
+        scale = measure(cropped[inside], air.value, config)
     except Flat as error:
         raise VolumeError("intensity.flat", f"{volume.path}: {error}; remove the file") from None
-    array, air = _normalized(cropped, inside, scale, grid, config.dtype)
+    array, background = _normalized(cropped, inside, scale, grid, config.dtype)
     warnings = _notices(volume, scale, config)
     if anatomy is not None:
         anatomy = anatomy[box]
         if not anatomy.any():
             warnings.append(_notice(volume, "labels.empty", "the anatomy mask marks nothing"))
             anatomy = None
-    foreground = inside if anatomy is None else anatomy
+    foreground = air.foreground(cropped) if anatomy is None else anatomy
     if excluded is not None:
         excluded = _resampled(excluded[box], grid)
         excluded = excluded if excluded.any() else None
     return Prepared(
         array=array,
         affine=affine if grid is None else grid.affine(affine),
-        background=air,
+        background=background,
         mean=scale.mean,
         std=scale.std,
         crop_start=start,
@@ -87,43 +83,6 @@ def prepare(
         excluded=excluded,
         warnings=tuple(warnings),
     )
-
-
-def background_of(array: Float32[np.ndarray, "D H W"]) -> float:
-    """The intensity of air, or of whatever an image was filled with around its content.
-
-    0 if no voxel is below 0. Else, as in CT or in a z-scored image, the median of the voxels on the
-    six faces, at most 0, if these are dark: air. Where the faces cut through tissue, the volume's
-    1st percentile.
-    """
-    if array.min() >= 0:
-        return 0.0
-    faces = [array[i] for i in (0, -1)] + [array[:, i] for i in (0, -1)]
-    faces += [array[:, :, i] for i in (0, -1)]
-    values = np.concatenate([face.ravel() for face in faces])
-    middle = float(np.partition(values, values.size // 2)[values.size // 2])  # a voxel's own value
-    flat = array.reshape(-1)
-    sample = flat[:: max(1, flat.size // _SAMPLE) | 1]
-    low, high = map(float, np.percentile(sample, (1, 99), method="lower"))
-    return min(middle if middle <= low + DARK * (high - low) else low, 0.0)
-
-
-def crop_box(array: Float32[np.ndarray, "D H W"], background: float) -> tuple[Triple, Triple]:
-    """Start and stop of the smallest box that holds every voxel that is not `background`.
-
-    ValueError if there is none.
-    """
-    content = array != background
-    start, stop = [], []
-    for axis in range(3):
-        others = tuple(a for a in range(3) if a != axis)
-        hit = np.flatnonzero(content.any(axis=others))
-        if hit.size == 0:
-            raise ValueError(f"every voxel is {background:g}: nothing to crop to")
-        start.append(int(hit[0]))
-        stop.append(int(hit[-1]) + 1)
-        content = content.take(range(start[-1], stop[-1]), axis=axis)
-    return tuple(start), tuple(stop)
 
 
 def _grid(

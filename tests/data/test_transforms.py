@@ -10,9 +10,9 @@ from sparsemae.data.codes import VolumeError
 from sparsemae.data.geometry import voxel_sizes
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.phantom import draw_head
-from sparsemae.data.read import Volume, read_volume
+from sparsemae.data.read import Volume
 from sparsemae.data.resample import resample_mask, resampled_grid
-from sparsemae.data.transforms import background_of, crop_box, prepare
+from sparsemae.data.transforms import prepare
 
 OBLIQUE = np.array([[0.8, 0.1, 0, -7], [-0.1, 1.5, 0.2, 3], [0, -0.2, 3.0, 11], [0, 0, 0, 1]])
 KEEP = PreprocessConfig(spacing=None, dtype="float32")
@@ -30,47 +30,6 @@ def body(shape=(40, 36, 32), air=0.0, seed=0, inside=slice(9, -8)):
     tissue = rng.standard_normal(array[inside, inside, inside].shape) * 15 + 40
     array[inside, inside, inside] = tissue
     return array
-
-
-def test_air_is_0_where_nothing_is_negative():
-    assert background_of(body().clip(0)) == 0
-    assert background_of(body(air=7.0).clip(3)) == 0
-
-
-def test_air_of_ct_and_of_a_normalised_image():
-    rng = np.random.default_rng(0)
-    assert background_of(body(air=-1024)) == -1024
-    assert background_of(body(air=-1.25)) == -1.25
-    noisy = body(air=-1000)
-    noisy[noisy == -1000] += np.round(rng.normal(0, 15, (noisy == -1000).sum()))
-    assert background_of(noisy) == pytest.approx(-1000, abs=3)
-    assert background_of(noisy) in noisy  # a value that voxels have, so the crop can find it
-    ringing = body()
-    ringing[20, 20, 20] = -3
-    assert background_of(ringing) == 0
-
-
-def test_air_where_the_faces_cut_through_tissue():
-    """Padding is dark even there, never water or fat."""
-    chest = body((30, 30, 30), inside=slice(0, None))
-    chest[8:22, 8:22, 8:22] = -850
-    assert background_of(chest) == -850
-    abdomen = body((30, 30, 30), inside=slice(0, None)) - 110  # fat, about -70, on the faces
-    assert background_of(abdomen) < abdomen.mean() - 2 * abdomen.std()
-
-
-def test_the_air_of_a_real_ct(shared):
-    array = read_volume(shared / "images" / "example_ct.nii.gz").array
-    assert -1010 < background_of(array) < -950
-
-
-def test_crop_is_the_smallest_box():
-    array = np.full((6, 7, 8), 2, np.float32)
-    array[1, 2, 3] = array[4, 2, 6] = -1
-    assert crop_box(array, 2.0) == ((1, 2, 3), (5, 3, 7))
-    assert crop_box(array, 0.0) == ((0, 0, 0), (6, 7, 8))
-    with pytest.raises(ValueError, match="every voxel is 0"):
-        crop_box(np.zeros((2, 2, 2), np.float32), 0.0)
 
 
 @pytest.mark.parametrize("normalization", ["zscore", "percentile", "ct"])
@@ -145,6 +104,15 @@ def test_masks_follow_the_image_and_do_not_move_the_crop():
     np.testing.assert_array_equal(plain.foreground, resample_mask(array[box] != 0, grid))
     for mask in (ready.excluded, ready.foreground, plain.foreground):
         assert (mask.dtype, mask.shape) == (bool, ready.array.shape)
+
+
+def test_foreground_is_what_stands_out_of_noise():
+    array = body(air=-1000, shape=(60, 50, 40))
+    tissue = array != -1000
+    array[~tissue] = np.random.default_rng(1).normal(-1000, 15, (~tissue).sum())
+    ready = prepare(volume(array), PreprocessConfig(spacing=(0.8, 1.3, 1.0)))
+    grid = resampled_grid(array.shape, np.eye(4), (0.8, 1.3, 1.0))
+    assert (ready.foreground == resample_mask(tissue, grid)).mean() > 0.99
 
 
 def test_masks_that_say_nothing():
