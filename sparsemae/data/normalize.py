@@ -4,8 +4,8 @@ zscore: mean to 0 and standard deviation to 1; outliers are clipped to the range
 percentile: clipped to the 0.5 and 99.5 percentiles, then mean to 0 and standard deviation to 1.
 ct: clipped to a window, which is mapped to [-1, 1], the same for every volume.
 
-Statistics are those of the foreground, every voxel that is not background. Clipping to percentiles
-leaves the background alone. An outlier lies beyond the 0.5 or 99.5 percentile, stretched to hold
+Statistics are those of every voxel that is not exactly air. Clipping to percentiles leaves air
+alone. An outlier lies beyond the 0.5 or 99.5 percentile, stretched to hold
 the background, by over 20 times their distance: no tissue does, and one 3e38 flattens all else.
 """
 
@@ -44,7 +44,7 @@ class Scale:
 
 
 def measure(values: Values, background: float, config: PreprocessConfig) -> Scale:
-    """The map for a volume with these foreground voxels; `Flat` if they have no contrast."""
+    """The map for a volume with these voxels that are not air; `Flat` if they have no contrast."""
     if not values.size or values.min() == values.max():
         raise Flat("all voxels that are not background have one value")
     match config.normalization:
