@@ -21,14 +21,14 @@ import torch
 
 from sparsemae.bench.harness import seconds_in_turn
 from sparsemae.bench.readers import Box, Reader, Stored, sync_files, write_all
-from sparsemae.data.affine import AugmentConfig
-from sparsemae.data.augment import assemble
 from sparsemae.data.loader import make_loader
+from sparsemae.data.loading.affine import AugmentConfig
+from sparsemae.data.loading.augment import assemble
+from sparsemae.data.loading.prefetch import to_device_ahead
+from sparsemae.data.loading.samples import RawBatch, Sample, SampleReader
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.phantom import write_heads
-from sparsemae.data.prefetch import to_device_ahead
 from sparsemae.data.preprocess import preprocess
-from sparsemae.data.samples import RawBatch, Sample, SampleReader
 from sparsemae.data.store import Store
 from sparsemae.models.mae import SparseMAE, masked_mse
 from sparsemae.models.resenc import ResEncUNet

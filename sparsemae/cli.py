@@ -72,7 +72,7 @@ def preprocess(
     ] = None,
 ) -> None:
     """Turn volumes into a store of training data; run again, it goes on where it stopped."""
-    from sparsemae.data.command import run_preprocess, settings
+    from sparsemae.data.making.command import run_preprocess, settings
 
     config = settings(
         *(spacing, normalization, window, dtype, frame, quality), overrides=overrides or []

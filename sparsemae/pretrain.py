@@ -26,7 +26,7 @@ from sparsemae.checkpoint import (
 )
 from sparsemae.config import Size, Strict, dump_config, load_config
 from sparsemae.data.loader import DataConfig, make_loader
-from sparsemae.data.prefetch import to_device_ahead
+from sparsemae.data.loading.prefetch import to_device_ahead
 from sparsemae.data.store import Store
 from sparsemae.errors import UserError
 from sparsemae.kernels import registry

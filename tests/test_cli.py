@@ -313,7 +313,7 @@ def test_a_killed_loader_process_is_one_line_exit_1(made, tmp_path, monkeypatch,
     def die(reader, sample):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("sparsemae.data.samples.SampleReader.__call__", die)
+    monkeypatch.setattr("sparsemae.data.loading.samples.SampleReader.__call__", die)
     words = ["pretrain", made / "store", "-o", tmp_path / "run", "--config", "tiny", *SMALL]
     line = refused(capfd, *words, "--set", "data.workers=1", code=1)
     assert re.match(r"case head_0\d: loader worker 0 was killed by SIGKILL", line)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from sparsemae import pretrain as module
 from sparsemae.config import load_config
+from sparsemae.data.loading.samples import SampleReader
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.phantom import write_heads
 from sparsemae.data.preprocess import preprocess
-from sparsemae.data.samples import SampleReader
 from sparsemae.data.store import Store
 from sparsemae.errors import DivergedError, LoaderError, UserError
 from sparsemae.pretrain import PretrainConfig, load_run, pretrain

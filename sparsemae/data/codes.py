@@ -82,7 +82,7 @@ _COPY = "copy it again"
 _EXPORT = "export it again"
 
 CODES: dict[str, Code] = {
-    # the file and its bytes: container.py, stream.py
+    # the file and its bytes: reading/container.py, stream.py
     "container.missing": _reject("no such file", "check the path"),
     "container.not_file": _reject("a folder, pipe or device", "name a regular file"),
     "container.link": _reject("symbolic links lead in a circle", "repair the link"),
@@ -117,7 +117,7 @@ CODES: dict[str, Code] = {
         "bytes after the voxels or after the compressed stream; they are ignored",
         "check the size in the header",
     ),
-    # the header: nifti.py
+    # the header: reading/nifti.py
     "header.magic": _reject("348 bytes of header, but not NIfTI's magic", "convert from Analyze"),
     "header.sizeof": _reject("NIfTI's magic, but another header size", _EXPORT),
     "header.dims": _reject("not three sizes of at least 2 voxels", "convert it to a 3D volume"),
@@ -141,7 +141,7 @@ CODES: dict[str, Code] = {
         "the list of header extensions stops early; the rest is ignored", _EXPORT
     ),
     "header.bitpix": _warn("bitpix contradicts datatype; datatype decides", _EXPORT),
-    # the intensities: intensity.py
+    # the intensities: reading/intensity.py
     "intensity.slope": _reject(
         "slope or intercept infinite, NaN, or too large for float32", "fix scl_slope, scl_inter"
     ),
@@ -163,7 +163,7 @@ CODES: dict[str, Code] = {
     "intensity.padding": _warn(
         "a padding value far below all others; raised to the lowest of those", "none needed"
     ),
-    # the place in the world: geometry.py
+    # the place in the world: reading/geometry.py
     "geometry.affine": _reject("the affine is singular or not finite", "fix the header"),
     "geometry.quaternion": _reject("only a qform, and that is invalid", "fix the header"),
     "geometry.pixdim": _reject("no affine, and voxel sizes of 0, NaN or less", "fix the header"),
@@ -178,7 +178,7 @@ CODES: dict[str, Code] = {
         "neither sform nor qform; voxel sizes only, orientation as Analyze's", "set an sform"
     ),
     "geometry.units": _warn("metres or micrometres; converted to millimetres", "none needed"),
-    # label maps and masks: labels.py
+    # label maps and masks: reading/labels.py
     "labels.classes": _reject("a class that was not announced", "add it, or correct the map"),
     "labels.negative": _reject("negative labels", "renumber from 0"),
     "labels.fractional": _reject("labels that are not whole numbers", "give a map, no probability"),
@@ -207,7 +207,7 @@ CODES: dict[str, Code] = {
     "quality.spacing": _reject("larger voxels than asked for", "none needed"),
     "quality.slices": _reject("fewer slices with content than asked for", "none needed"),
     "quality.contrast": _reject("less contrast than asked for", "look at the image"),
-    # entries of folders and lists: sources.py, folder.py, nnunet.py, written.py
+    # entries of folders and lists: sources.py, finding/
     "source.missing": _reject("a list names a file or mask that is not there", "correct the list"),
     "source.outside": _reject(
         "a relative path that leaves the folder of its list by ..", "write an absolute path"
@@ -221,6 +221,6 @@ CODES: dict[str, Code] = {
         "no CASE_0000 with a channel of nnU-Net's dataset.json", "rename it, or add the channel"
     ),
     "source.unreadable": _reject("a folder that cannot be read", "change its permissions"),
-    # volumes compared: split.py
+    # volumes compared: finding/split.py
     "duplicate.content": _warn("another volume has the same voxels", "keep one of them"),
 }

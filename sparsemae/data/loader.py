@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from sparsemae.config import Size
-from sparsemae.data.affine import AugmentConfig, Probability
-from sparsemae.data.pool import Pool, Report
-from sparsemae.data.samples import RawBatch, SampleReader
+from sparsemae.data.loading.affine import AugmentConfig, Probability
+from sparsemae.data.loading.pool import Pool, Report
+from sparsemae.data.loading.samples import RawBatch, SampleReader
 from sparsemae.data.store import Store
 from sparsemae.errors import UserError
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparsemae.data.case import Job, Outcome, Record, failed, process, stamp_of
 from sparsemae.data.codes import Notice, one_line
-from sparsemae.data.commit import Rules, commit
-from sparsemae.data.ledger import (
+from sparsemae.data.making.case import Job, Outcome, Record, failed, process, stamp_of
+from sparsemae.data.making.commit import Rules, commit
+from sparsemae.data.making.ledger import (
     JOURNALS,
     LOCK,
     Ledger,
@@ -23,10 +23,10 @@ from sparsemae.data.ledger import (
     make_folder,
     stored_files,
 )
+from sparsemae.data.making.workers import Lost, run_jobs
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.sources import Source, find_sources
 from sparsemae.data.store import Store
-from sparsemae.data.workers import Lost, run_jobs
 from sparsemae.errors import UserError
 from sparsemae.files import locked
 
@@ -191,7 +191,7 @@ def _engine(
     if dask is None:
         yield lambda jobs: run_jobs(process, jobs, workers, timeout=timeout, stopped=stopped)
         return
-    from sparsemae.data.cluster import connected, run_on_dask
+    from sparsemae.data.making.cluster import connected, run_on_dask
 
     with connected(dask) as client:
         yield lambda jobs: run_on_dask(process, jobs, client, store.resolve(), stopped=stopped)

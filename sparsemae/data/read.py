@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Shaped
 
 from sparsemae.data.codes import Findings, Notice, VolumeError, one_line
-from sparsemae.data.decode import decode, sniff
-from sparsemae.data.geometry import SPACING_RANGE, displacement, voxel_sizes
-from sparsemae.data.header import Header
-from sparsemae.data.intensity import check_intensities, read_intensities
-from sparsemae.data.labels import check_labels, read_classes, read_set
+from sparsemae.data.reading.decode import decode, sniff
+from sparsemae.data.reading.geometry import SPACING_RANGE, displacement, voxel_sizes
+from sparsemae.data.reading.header import Header
+from sparsemae.data.reading.intensity import check_intensities, read_intensities
+from sparsemae.data.reading.labels import check_labels, read_classes, read_set
 
 __all__ = [
     "SPACING_RANGE",

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsemae.data.charts import bars, lines
 from sparsemae.data.codes import CODES, one_line
-from sparsemae.data.contact import COUNT, card, draw_sheet, views
-from sparsemae.data.ledger import FAILURES, PAGES, WARNINGS
+from sparsemae.data.making.ledger import FAILURES, PAGES, WARNINGS
+from sparsemae.data.reporting.charts import bars, lines
+from sparsemae.data.reporting.contact import COUNT, card, draw_sheet, views
+from sparsemae.data.reporting.survey import DUPLICATE, Intensities, Reason, Survey, survey
 from sparsemae.data.store import Store
-from sparsemae.data.survey import DUPLICATE, Intensities, Reason, Survey, survey
 from sparsemae.files import write_atomically
 
 KINDS = 20  # rows of the table of data sets and modalities; the rest is added up

@@ -1,7 +1,7 @@
 """From what a user names to a list of volumes: folders, files, patterns and lists, in any mixture.
 
-A layout says how a source is read: folder.py, bids.py and nnunet.py for folders, lists.py and
-nnssl.py for files that list volumes. Each yields entries, of which every file is kept once.
+A layout says how a source is read: folder, bids and nnunet of `finding` for folders, lists and nnssl
+for files that list volumes. Each yields entries, of which every file is kept once.
 """
 
 import difflib
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsemae.data.bids import bids, is_bids
-from sparsemae.data.entry import Entry, mistake, problem
-from sparsemae.data.folder import found_at, given, plain, unreadable
-from sparsemae.data.ids import assign_ids
-from sparsemae.data.lists import read_list
-from sparsemae.data.nnssl import NAME as PRETRAIN_DATA
-from sparsemae.data.nnssl import nnssl
-from sparsemae.data.nnunet import is_nnunet, nnunet
-from sparsemae.data.place import Parts, Root
+from sparsemae.data.finding.bids import bids, is_bids
+from sparsemae.data.finding.entry import Entry, mistake, problem
+from sparsemae.data.finding.folder import found_at, given, plain, unreadable
+from sparsemae.data.finding.ids import assign_ids
+from sparsemae.data.finding.lists import read_list
+from sparsemae.data.finding.nnssl import NAME as PRETRAIN_DATA
+from sparsemae.data.finding.nnssl import nnssl
+from sparsemae.data.finding.nnunet import is_nnunet, nnunet
+from sparsemae.data.finding.place import Parts, Root
+from sparsemae.data.finding.scan import expand, is_pattern, preference, volumes
 from sparsemae.data.read import SUFFIXES, sniff
-from sparsemae.data.scan import expand, is_pattern, preference, volumes
 from sparsemae.errors import UserError
 
 LAYOUTS = ("auto", "folder", "bids", "nnunet", "nnssl", "list")
@@ -31,7 +31,7 @@ LAYOUTS = ("auto", "folder", "bids", "nnunet", "nnssl", "list")
 class Source:
     """A file that is to become a case, and what is known of it before it is read."""
 
-    id: str  # unique, [A-Za-z0-9._-], at most 150 bytes; see ids.py
+    id: str  # unique, [A-Za-z0-9._-], at most 150 bytes; see finding/ids.py
     path: Path
     subject: str  # images of one never part: all are for training, or all for validation
     session: str | None = None

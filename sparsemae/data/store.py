@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from sparsemae.data.blocks import decode_blocks, encode_blocks
-from sparsemae.data.frame import check_array, read_array, write_array
-from sparsemae.data.index import INDEX, read_index, write_index
 from sparsemae.data.options import PreprocessConfig
-from sparsemae.data.stored import Case, Cases, StoredFile, case_from
+from sparsemae.data.storing.blocks import decode_blocks, encode_blocks
+from sparsemae.data.storing.frame import check_array, read_array, write_array
+from sparsemae.data.storing.index import INDEX, read_index, write_index
+from sparsemae.data.storing.stored import Case, Cases, StoredFile, case_from
 from sparsemae.errors import UserError
 
 __all__ = [

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
-from sparsemae.data.air import Triple, find_air
 from sparsemae.data.codes import Notice, VolumeError, one_line
-from sparsemae.data.normalize import Flat, Scale, measure
 from sparsemae.data.options import PreprocessConfig
+from sparsemae.data.preparing.air import Triple, find_air
+from sparsemae.data.preparing.normalize import Flat, Scale, measure
+from sparsemae.data.preparing.resample import Grid, resample, resample_mask, resampled_grid
 from sparsemae.data.read import Volume
-from sparsemae.data.resample import Grid, resample, resample_mask, resampled_grid
 
 
 @dataclass(frozen=True)

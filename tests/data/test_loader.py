@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparsemae.data.affine import AugmentConfig
 from sparsemae.data.loader import DataConfig, make_loader
+from sparsemae.data.loading.affine import AugmentConfig
+from sparsemae.data.loading.prefetch import one_ahead, to_device_ahead
 from sparsemae.data.options import PreprocessConfig
-from sparsemae.data.prefetch import one_ahead, to_device_ahead
 from sparsemae.data.store import Store, decode_blocks, encode_blocks, write_index
 from sparsemae.errors import UserError
 

@@ -9,15 +9,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sparsemae.data.case import content_of
 from sparsemae.data.codes import CODES
+from sparsemae.data.making.case import content_of
+from sparsemae.data.making.workers import Lost
 from sparsemae.data.options import FilterConfig, PreprocessConfig
 from sparsemae.data.phantom import write_heads
 from sparsemae.data.preprocess import Shard, preprocess
 from sparsemae.data.read import read_volume
 from sparsemae.data.store import Store
 from sparsemae.data.transforms import prepare
-from sparsemae.data.workers import Lost
 from sparsemae.errors import UserError
 
 KEEP = PreprocessConfig(spacing=None)

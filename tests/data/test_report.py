@@ -10,14 +10,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from sparsemae.data.case import Record
-from sparsemae.data.charts import bars, lines
 from sparsemae.data.codes import CODES
-from sparsemae.data.contact import AXES, View, card, contact_sheet, views
-from sparsemae.data.ledger import FAILURES, WARNINGS, write_records
+from sparsemae.data.making.case import Record
+from sparsemae.data.making.ledger import FAILURES, WARNINGS, write_records
 from sparsemae.data.report import write_report
+from sparsemae.data.reporting.charts import bars, lines
+from sparsemae.data.reporting.contact import AXES, View, card, contact_sheet, views
+from sparsemae.data.reporting.survey import EXAMPLES, Intensities, survey
 from sparsemae.data.store import Store, write_index
-from sparsemae.data.survey import EXAMPLES, Intensities, survey
 
 EVIL = "<script>alert('1')</script>\"&"
 VOID = {"meta", "img", "br"}

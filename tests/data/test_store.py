@@ -11,9 +11,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from sparsemae.data import stored
 from sparsemae.data.options import FilterConfig, PreprocessConfig
 from sparsemae.data.store import Case, Store, case_from, write_index
+from sparsemae.data.storing import stored
 from sparsemae.errors import UserError
 
 SHAPE = (70, 33, 20)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from sparsemae.data.codes import VolumeError
-from sparsemae.data.geometry import voxel_sizes
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.phantom import draw_head
+from sparsemae.data.preparing.resample import resample_mask, resampled_grid
 from sparsemae.data.read import Volume
-from sparsemae.data.resample import resample_mask, resampled_grid
+from sparsemae.data.reading.geometry import voxel_sizes
 from sparsemae.data.transforms import prepare
 
 OBLIQUE = np.array([[0.8, 0.1, 0, -7], [-0.1, 1.5, 0.2, 3], [0, -0.2, 3.0, 11], [0, 0, 0, 1]])

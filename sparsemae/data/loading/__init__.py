@@ -1,0 +1,1 @@
+"""How batches come about: order, crops, worker processes and the training device."""

@@ -1,0 +1,1 @@
+"""How a store is made: jobs, workers, journals and the commit at the end."""

@@ -1,0 +1,1 @@
+"""What happens to a volume between its file and the store."""

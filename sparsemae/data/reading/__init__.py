@@ -1,0 +1,1 @@
+"""How a volume file is read: bytes, header, intensities, geometry, each checked before use."""

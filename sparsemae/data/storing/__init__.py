@@ -1,0 +1,1 @@
+"""How a store is kept: its index, its files, and the checksums of both."""
