@@ -1,7 +1,7 @@
 """From what a user names to a list of volumes: folders, files, patterns and lists, in any mixture.
 
-A layout says how a source is read: folder, bids and nnunet of `finding` for folders, lists and nnssl
-for files that list volumes. Each yields entries, of which every file is kept once.
+A layout says how a source is read: folder, bids and nnunet of `finding` for folders, lists and
+nnssl for files that list volumes. Each yields entries, of which every file is kept once.
 """
 
 import difflib
