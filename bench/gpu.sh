@@ -10,9 +10,9 @@
 #
 # From the environment, all optional:
 #   OUT       folder for results (./gpu-out)        PYTHON  interpreter (python3)
-#   PARTS     which parts, in order (all)           COMMIT  recorded where there is no git history
+#   PARTS     which parts, in order (all but data)  COMMIT  recorded where there is no git history
 #   DEVICE    cuda, or cpu to try the script        SECONDS_IN_ALL  (570)
-#   STATIC, TESTS, KERNELS, STEP   options of these parts in place of the usual ones
+#   STATIC, TESTS, KERNELS, STEP, DATA   options of these parts in place of the usual ones
 set -u
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -140,6 +140,10 @@ for name in $PARTS; do
             skip tests "none is marked gpu"
             continue
         fi
+        if ! "$PYTHON" -c 'import blosc2, nibabel, pydantic, safetensors, scipy' 2>>"$LOG"; then
+            files=$(grep -v '^tests/data/' <<<"$files")
+            skip "tests of the loader" "a package of the data path is missing"
+        fi
         # shellcheck disable=SC2086
         part tests 170 "$PYTHON" -m pytest -m gpu -p no:cacheprovider -q ${TESTS-} $files || status=1
         ;;
@@ -168,6 +172,12 @@ for name in $PARTS; do
         part step 170 "$PYTHON" -m sparsemae.bench step --device "$DEVICE" \
             ${STEP---patch 160 --batch 2 --dtype bfloat16 --rounds 3} \
             --json "$OUT/step.jsonl" || status=1
+        ;;
+    data)
+        # shellcheck disable=SC2086
+        part data 240 "$PYTHON" -m sparsemae.bench data --device "$DEVICE" \
+            ${DATA---part augment --part wait --patch 160 --patch 96 --workers 8 --steps 30} \
+            --json "$OUT/data.jsonl" || status=1
         ;;
     *)
         echo "PARTS: unknown part $name" >&2
