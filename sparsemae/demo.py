@@ -16,8 +16,9 @@ MARK = "made-by-sparsemae-demo.txt"  # written first: only a folder that has it 
 MADE = re.compile(
     rf"{re.escape(MARK)}|reconstruction\.(png|nii\.gz)"
     r"|volumes/head_\d+\.nii\.gz"
-    r"|store/(index\.json|(failures|warnings)\.jsonl|dataset\.html|contact\.png|\.lock)(\.tmp)?"
-    r"|store/\.journal/(config\.json(\.tmp)?|whole\.jsonl)"
+    r"|store/(index\.json|(failures|warnings)\.jsonl|dataset\.html|contact\.png|\.lock)"
+    r"(\.[0-9a-f]+\.tmp)?"
+    r"|store/\.journal/(config\.json(\.[0-9a-f]+\.tmp)?|whole\.jsonl)"
     r"|store/cases/head_\d+\.b2nd(\.[0-9a-f]+\.tmp)?"
     r"|run/(config\.toml|metrics\.jsonl)"
     r"|run/checkpoints/(\.tmp-)?step-\d+/((model|optimizer)\.safetensors|meta\.json)"

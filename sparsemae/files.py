@@ -3,10 +3,13 @@
 import contextlib
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from sparsemae.errors import UserError
+
+TEMPORARY = ".tmp"  # ending of files that a killed process may leave behind
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -26,12 +29,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write under a temporary name, force to disk, rename: `path` is old or new, never half."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    write_synced(temporary, data)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+def write_atomically(path: Path, data: bytes, *, sync_name: bool = True) -> None:
+    """Write under a temporary name, force to disk, rename: `path` is old or new, never half.
+
+    Safe from several processes at once. The name lasts once its folder is synced, which may be left
+    to the caller. OSError if it cannot be written; what was written until then is removed.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        write_synced(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if sync_name:
+        sync_folder(path.parent)
 
 
 @contextlib.contextmanager

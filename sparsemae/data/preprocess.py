@@ -135,7 +135,7 @@ def preprocess(
         stamps = {source.id: stamp_of(source) for source in found.sources}
         ledger.load(stamps)
         part = found.sources if shard is None else found.sources[shard.index :: shard.count]
-        jobs, progress = _plan(part, stamps, path, config, ledger, verify)
+        jobs, progress = _plan(part, stamps, ledger, verify=verify, again=not merge)
         if shard is None:
             progress.reject(len(found.problems))
         on_outcome = on_outcome or (lambda progress, outcome: None)
@@ -158,19 +158,14 @@ def preprocess(
 
 
 def _plan(
-    part: Sequence[Source],
-    stamps: dict[str, str],
-    store: Path,
-    config: PreprocessConfig,
-    ledger: Ledger,
-    verify: bool,
+    part: Sequence[Source], stamps: dict[str, str], ledger: Ledger, *, verify: bool, again: bool
 ) -> tuple[list[Job], Progress]:
-    """What is left to do, and the count of what is done."""
+    """What is left to do, `again` what may pass now too, and the count of what is done."""
     files, jobs, progress = stored_files(ledger.path), [], Progress(len(part))
     for source in part:
         entry = ledger.entries.get(source.id)
-        job = Job(_absolute(source), stamps[source.id], store.resolve(), config)
-        if entry is None or entry.retried:
+        job = Job(_absolute(source), stamps[source.id], ledger.path.resolve(), ledger.config)
+        if entry is None or (entry.retried and again):
             jobs.append(job)
         elif (outcome := entry.outcome).case is None:
             progress.count(outcome, kept=True)

@@ -51,7 +51,8 @@ svg .bar { fill: var(--blue) } svg polyline { fill: none }
 svg .one { stroke: var(--blue); stroke-width: .7; opacity: .35 }
 svg .mean { stroke: #1c2733; stroke-width: 1.6 }
 .wide { overflow-x: auto }
-.wide img { display: block; width: 100%; min-width: 900px; max-width: max-content; border: 1px solid var(--line); border-radius: 8px }
+.wide img { display: block; width: 100%; min-width: 900px; max-width: max-content;
+  border: 1px solid var(--line); border-radius: 8px }
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: 6px 14px 6px 0; min-width: 4.6em;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere }

@@ -159,6 +159,7 @@ def test_masks_of_a_list_go_into_the_store(tmp_path, save_volume):
     nib.save(nib.Nifti1Image(face, nib.load(tmp_path / "a.nii.gz").affine), tmp_path / "face.nii")
     summary = preprocess([tmp_path / "list.csv"], tmp_path / "store", KEEP)
     assert summary.progress.kept == 0
+    assert preprocess([tmp_path / "list.csv"], tmp_path / "store", KEEP).progress.kept == 1
     (tmp_path / "face.nii").unlink()
     with pytest.raises(UserError, match=r"none of the 1 volumes.*face\.nii"):
         preprocess([tmp_path / "list.csv"], tmp_path / "store", KEEP)
@@ -205,9 +206,25 @@ def test_a_lost_worker_is_not_the_last_word(volumes, tmp_path, monkeypatch):
     assert "v002.nii.gz: processing it twice failed" in summary.failures[1].message
     assert "SIGKILL" in summary.failures[1].message
     assert summary.failures[1].seconds == 2.5
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsemae.data.preprocess.run_jobs", lose_one)
+        preprocess([source], tmp_path / "shards", shard=Shard(0, 1))
+    merged = preprocess([source], tmp_path / "shards", merge=True)  # which processes nothing
+    assert [f.code for f in merged.failures] == ["container.empty", "worker.killed"]
     summary = preprocess([source], store)
     assert (summary.progress.kept, summary.progress.ok) == (3, 3)
     assert [f.id for f in summary.failures] == ["v001"]
+
+
+def test_voxels_beside_their_header_are_noticed(tmp_path):
+    pair = nib.Nifti1Pair(np.random.default_rng(0).integers(1, 9, (9, 9, 9), np.int16), np.eye(4))
+    nib.save(pair, tmp_path / "a.img")
+    assert preprocess([tmp_path / "a.hdr"], tmp_path / "store", KEEP).progress.ok == 1
+    assert preprocess([tmp_path / "a.hdr"], tmp_path / "store", KEEP).progress.kept == 1
+    data = bytearray((tmp_path / "a.img").read_bytes())
+    data[100] ^= 3
+    (tmp_path / "a.img").write_bytes(data)
+    assert preprocess([tmp_path / "a.hdr"], tmp_path / "store", KEEP).progress.kept == 0
 
 
 def test_a_frame_of_several(tmp_path):

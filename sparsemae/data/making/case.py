@@ -23,6 +23,12 @@ from sparsemae.data.store import Case, encode_blocks, verify, write_image, write
 from sparsemae.data.transforms import prepare
 from sparsemae.errors import UserError
 
+VOXELS_BESIDE = {  # as the usual writers name them
+    ".hdr": (".img", ".img.gz"),
+    ".mhd": (".raw", ".zraw"),
+    ".nhdr": (".raw", ".raw.gz"),
+}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -172,7 +178,14 @@ def content_of(array: Float32[np.ndarray, "D H W"]) -> str:
 
 
 def _files(source: Source) -> list[Path]:
-    return [p for p in (source.path, source.excluded, source.anatomy) if p is not None]
+    """The source's files, with what may hold the voxels of a header of its own."""
+    named = [p for p in (source.path, source.excluded, source.anatomy) if p is not None]
+    beside = [
+        path.with_suffix(suffix)
+        for path in named
+        for suffix in VOXELS_BESIDE.get(path.suffix.lower(), ())
+    ]
+    return named + [path for path in beside if path.is_file()]
 
 
 def _stamp(path: Path) -> str:

@@ -18,7 +18,7 @@ from sparsemae.data.making.case import Outcome, Record
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.store import CASES, EXCLUDED, INDEX, Case, Store, case_from
 from sparsemae.errors import UserError
-from sparsemae.files import write_atomically
+from sparsemae.files import TEMPORARY, write_atomically
 
 JOURNALS = ".journal"
 CONFIG = "config.json"
@@ -102,10 +102,12 @@ def make_folder(path: Path) -> None:
     """The folder of a store, new or to go on with; `UserError` if it holds other files."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        other = sorted(file.name for file in path.iterdir() if file.name not in OURS)
+        other = sorted(file.name for file in path.iterdir() if not _is_ours(file.name))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot write there ({reason}); choose another -o") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: this folder may not be written to; choose another -o")
     if other:
         raise UserError(
             f"{path}: the folder holds other files ({other[0]}); choose a new folder with -o"
@@ -123,10 +125,8 @@ def begin(path: Path, config: PreprocessConfig, *, alone: bool, overwrite: bool)
         _refuse_other_config(path, config)
     for folder in (CASES, JOURNALS):
         (path / folder).mkdir(exist_ok=True)
-    if alone:  # what killed runs were writing
-        for name in stored_files(path):
-            if name.endswith(".tmp"):
-                (path / name).unlink()
+    if alone:
+        _remove_temporaries(path)
     if not (path / JOURNALS / CONFIG).exists():
         write_atomically(path / JOURNALS / CONFIG, (config.model_dump_json() + "\n").encode())
 
@@ -197,6 +197,19 @@ def _refuse_other_config(path: Path, config: PreprocessConfig) -> None:
             f"{path}: made with other options ({'; '.join(changed)}): "
             f"give the same, choose another -o, or --overwrite"
         )
+
+
+def _is_ours(name: str) -> bool:
+    whole = name.removesuffix(TEMPORARY).rpartition(".")[0] if name.endswith(TEMPORARY) else name
+    return whole in OURS
+
+
+def _remove_temporaries(path: Path) -> None:
+    """What killed runs were writing."""
+    names = [file.name for file in path.iterdir()] + list(stored_files(path))
+    for name in names:
+        if name.endswith(TEMPORARY):
+            (path / name).unlink()
 
 
 def _clear(path: Path) -> None:

@@ -24,7 +24,6 @@ without. How a volume was made does not tell which is better, so its middle is t
 
 import contextlib
 import os
-import secrets
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from jaxtyping import Int64, Shaped
 
 from sparsemae.data.storing.stored import StoredFile
 from sparsemae.errors import UserError
+from sparsemae.files import write_atomically
 
 CHUNK, BLOCK = 64, 32
 CPARAMS = {
@@ -102,17 +102,7 @@ def write_array(store: Path, file: str, array: Shaped[np.ndarray, "1 D H W"]) ->
     frame = encode(array)
     path = store / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    # two processes may write one case, when the first is thought dead
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as out:
-            out.write(frame)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_atomically(path, frame, sync_name=False)
     return StoredFile(file, len(frame), checksums(frame))
 
 

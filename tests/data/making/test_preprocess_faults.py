@@ -182,6 +182,8 @@ def test_a_journal_cut_in_a_line_goes_on(undisturbed, contents, tmp_path):
     lines = journal.read_bytes().splitlines(keepends=True)
     assert len(lines) == 9
     journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:100])
+    for name in ("index.json.0a1b2c3d.tmp", "cases/v001.b2nd.0a1b2c3d.tmp"):  # cut short as well
+        (store / name).write_bytes(b"{")
     # the line after the cut one is whole
     preprocess(
         [folder], store, stopped=itertools.chain([False] * 3, itertools.repeat(True)).__next__
@@ -189,6 +191,7 @@ def test_a_journal_cut_in_a_line_goes_on(undisturbed, contents, tmp_path):
     seen = []
     summary = preprocess([folder], store, on_outcome=lambda *event: seen.append(event[0].kept))
     assert seen[0] == 11
+    assert not list(store.rglob("*.tmp"))
     assert len(summary.store) == COUNT
     assert contents(store) == expected
 
