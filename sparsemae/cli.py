@@ -1,9 +1,10 @@
 """The `sparsemae` command. It only parses and reports; the work is in the modules it calls.
 
 Exit codes: 0 done, 2 usage, configuration or data set, 3 some volumes rejected, 85 stopped by a
-signal as asked, 1 bug or machine.
+signal as asked, 130 by Ctrl-C, 1 bug or machine.
 """
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -54,7 +55,9 @@ def preprocess(
     dask: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Work on this Dask cluster.")
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds one volume may take.")] = 1800,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds one volume may take; 1800.")
+    ] = None,
     max_failures: Annotated[
         float | None, typer.Option(help="Share of rejected volumes that is fatal; 0.05, from 20.")
     ] = None,
@@ -65,6 +68,9 @@ def preprocess(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read what is stored, make damaged cases again.")
     ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Drop stored volumes that SRC no longer names.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty the store first.")] = False,
     overrides: Annotated[
         list[str] | None,
@@ -72,25 +78,30 @@ def preprocess(
     ] = None,
 ) -> None:
     """Turn volumes into a store of training data; run again, it goes on where it stopped."""
-    from sparsemae.data.making.command import run_preprocess, settings
+    from sparsemae.signals import stop_requested
 
-    config = settings(
-        *(spacing, normalization, window, dtype, frame, quality), overrides=overrides or []
-    )
-    code = run_preprocess(
-        *(sources, store, config),
-        layout=layout,
-        workers=workers,
-        shard=shard,
-        merge=merge,
-        dask=dask,
-        timeout=timeout,
-        max_failures=max_failures,
-        validation=validation,
-        seed=seed,
-        verify=verify,
-        overwrite=overwrite,
-    )
+    with stop_requested() as stopped:  # before what takes its time to import
+        from sparsemae.data.making.command import run_preprocess, settings
+
+        config = settings(
+            *(spacing, normalization, window, dtype, frame, quality), overrides=overrides or []
+        )
+        code = run_preprocess(
+            *(sources, store, config),
+            stopped=stopped,
+            layout=layout,
+            workers=workers,
+            shard=shard,
+            merge=merge,
+            dask=dask,
+            timeout=timeout,
+            max_failures=max_failures,
+            validation=validation,
+            seed=seed,
+            verify=verify,
+            prune=prune,
+            overwrite=overwrite,
+        )
     raise typer.Exit(code)
 
 
@@ -171,7 +182,11 @@ def main() -> None:
     except (DivergedError, LoaderError) as error:
         _fail(str(error), 1)
     except OSError as error:
-        _fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = (
+            "; free some space, and run it again: what was whole before is kept" if full else ""
+        )
+        _fail(f"{error.filename or ''}: {error.strerror or error}{remedy}".lstrip(": "), 1)
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,6 +1,7 @@
 """Writing files that survive a crash: forced to disk, and renamed only when whole; and locks."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -9,15 +10,24 @@ from pathlib import Path
 
 from sparsemae.errors import UserError
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 TEMPORARY = ".tmp"  # ending of files that a killed process may leave behind
 
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write and force to disk; the name itself lasts once its folder is synced."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise named(error, path) from None
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The error with the file it happened to: that of a failed write has none."""
+    return error if error.filename else OSError(error.errno, error.strerror, str(path))
 
 
 def sync_folder(folder: Path) -> None:
@@ -46,6 +56,23 @@ def write_atomically(path: Path, data: bytes, *, sync_name: bool = True) -> None
         sync_folder(path.parent)
 
 
+def write_once(path: Path, data: bytes) -> None:
+    """As `write_atomically`, but a file that is there already stays: of several the first wins."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        write_synced(temporary, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 @contextlib.contextmanager
 def locked(path: Path, *, shared: bool = False, busy: str) -> Iterator[None]:
     """Hold a lock on `path`, created if missing; it dies with the process, whatever ends that.
@@ -59,8 +86,9 @@ def locked(path: Path, *, shared: bool = False, busy: str) -> Iterator[None]:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy) from None
-        except OSError:
-            pass
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
     finally:
         os.close(descriptor)

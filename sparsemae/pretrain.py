@@ -149,6 +149,8 @@ def pretrain(
         )
     mae = build_mae(config)
     data = Store.open(store)
+    if store.resolve() in (run.resolve(), *run.resolve().parents):
+        raise UserError(f"{run} is inside the store {store}: choose another -o")
     device = pick_device(config.train.device)
     state = State(mae.to(device), make_optimizer(mae, config.train))
     checkpoints = run / "checkpoints"

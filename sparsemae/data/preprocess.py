@@ -5,7 +5,9 @@ it stopped, and ends with the same store. Shards are runs that process a part an
 """
 
 import contextlib
+import math
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from sparsemae.data.codes import Notice, one_line
 from sparsemae.data.making.case import Job, Outcome, Record, failed, process, stamp_of
-from sparsemae.data.making.commit import Rules, commit
+from sparsemae.data.making.commit import Rules, commit, unusable
 from sparsemae.data.making.ledger import (
     JOURNALS,
     LOCK,
@@ -26,7 +28,7 @@ from sparsemae.data.making.ledger import (
 from sparsemae.data.making.workers import Lost, run_jobs
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.sources import Source, find_sources
-from sparsemae.data.store import Store
+from sparsemae.data.store import INDEX, Store
 from sparsemae.errors import UserError
 from sparsemae.files import locked
 
@@ -41,6 +43,10 @@ class Shard:
     index: int
     count: int
 
+    def __contains__(self, case_id: str) -> bool:
+        """Whether the case is in this part, whichever others there are."""
+        return zlib.crc32(case_id.encode()) % self.count == self.index
+
 
 @dataclass
 class Progress:
@@ -53,17 +59,12 @@ class Progress:
     rejected: int = 0
     filtered: int = 0  # left out by the quality filter
     kept: int = 0  # of done: by earlier runs
+    made: int = 0  # of done: by this one; the rest are entries of a list that name no file
 
-    def reject(self, unusable: int) -> None:
-        """Count entries of a list that name no file that could be read."""
-        self.total += unusable
-        self.done += unusable
-        self.kept += unusable
-        self.rejected += unusable
-
-    def count(self, outcome: Outcome, kept: bool = False) -> None:
+    def count(self, outcome: Outcome, *, kept: bool = False, made: bool = False) -> None:
         self.done += 1
         self.kept += kept
+        self.made += made
         self.ok += outcome.case is not None
         self.warned += outcome.case is not None and bool(outcome.warnings)
         if outcome.failure is not None and outcome.failure.stage == "filter":
@@ -90,11 +91,12 @@ def preprocess(
     *,
     layout: str = "auto",
     workers: int = 0,
-    timeout: float = TIMEOUT,
+    timeout: float | None = None,
     shard: Shard | None = None,
     merge: bool = False,
     dask: str | None = None,
     verify: bool = False,
+    prune: bool = False,
     overwrite: bool = False,
     max_failures: float | None = None,
     validation: float = 0.05,
@@ -107,11 +109,13 @@ def preprocess(
     Args:
         layout: How sources are read, see `find_sources`.
         workers: Processes; 0 works in this one, which a volume that kills it ends.
-        timeout: Seconds after which a worker counts as hung; its volume is tried once more.
+        timeout: Seconds after which a worker counts as hung; its volume is tried once more. 1800 if
+            None; Dask has none.
         shard: Process this part only, and leave the index to a run with `merge`.
         merge: Process nothing; commit what the shards did.
         dask: Address of a Dask scheduler to work on instead of processes of this machine.
         verify: Read every stored case too, and make damaged ones again.
+        prune: Drop stored cases that `sources` do not name; they are refused otherwise.
         overwrite: Empty the store first.
         max_failures: Share of rejected volumes, the filter's apart, above which there is no store;
             5 % if None, and never for fewer than 20 volumes.
@@ -125,30 +129,39 @@ def preprocess(
     """
     config, path = config or PreprocessConfig(), Path(store)
     rules = Rules(max_failures, validation, seed)
-    _check_options(workers, shard, merge, overwrite, dask)
+    _check_options(workers, timeout, shard, merge, dask)
+    _check_together(shard, merge, dask, timeout, verify=verify, overwrite=overwrite)
     found = find_sources(sources, layout=layout)
     _refuse_overlap(sources, path)
     with (
-        _engine(path, dask, workers, timeout, stopped) as engine,
-        _workspace(path, config, shard, overwrite) as ledger,
+        _engine(path, dask, workers, timeout or TIMEOUT, stopped) as engine,
+        _workspace(path, config, shard, merge=merge, overwrite=overwrite) as ledger,
     ):
         stamps = {source.id: stamp_of(source) for source in found.sources}
         ledger.load(stamps)
-        part = found.sources if shard is None else found.sources[shard.index :: shard.count]
+        if not prune:
+            _refuse_unnamed(ledger)
+        part = [source for source in found.sources if shard is None or source.id in shard]
         jobs, progress = _plan(part, stamps, ledger, verify=verify, again=not merge)
-        if shard is None:
-            progress.reject(len(found.problems))
+        problems = found.problems if shard is None else ()
+        progress.total += len(problems)
         on_outcome = on_outcome or (lambda progress, outcome: None)
         on_outcome(progress, None)
+        for problem in problems:
+            outcome = Outcome(problem.id, "", failure=unusable(problem))
+            progress.count(outcome)
+            on_outcome(progress, outcome)
         if merge and jobs:
             raise UserError(
                 f"{path}: {len(jobs)} of {len(part)} volumes are not done, the first is "
                 f"{jobs[0].source.path}: run their shards again, or go on without --merge"
             )
+        if any(job.source.id in ledger.changed for job in jobs):
+            ledger.retire_index()
         for job, result in engine(jobs):
             outcome = _given_up(job, result) if isinstance(result, Lost) else result
             ledger.append(outcome)
-            progress.count(outcome)
+            progress.count(outcome, made=outcome.made)
             on_outcome(progress, outcome)
             if shard is None and rules.broken_by(progress.rejected, progress.total):
                 break  # no later volume can mend that: `commit` refuses
@@ -172,7 +185,7 @@ def _plan(
         elif not is_whole(outcome.case, files):
             jobs.append(job)
         elif verify:
-            jobs.append(replace(job, known=outcome.case))
+            jobs.append(replace(job, known=outcome.case, warnings=outcome.warnings))
         else:
             progress.count(outcome, kept=True)
     return jobs, progress
@@ -207,10 +220,12 @@ def _given_up(job: Job, lost: Lost) -> Outcome:
 
 @contextlib.contextmanager
 def _workspace(
-    path: Path, config: PreprocessConfig, shard: Shard | None, overwrite: bool
+    path: Path, config: PreprocessConfig, shard: Shard | None, *, merge: bool, overwrite: bool
 ) -> Iterator[Ledger]:
     """The folder, made and locked: shards may share it, other runs have it to themselves."""
     busy = f"{path}: another run is at work in this store; wait for it, or choose another -o"
+    if merge and not any((path / name).exists() for name in (INDEX, JOURNALS)):
+        raise UserError(f"{path}: no shard has begun a store there; check -o")
     make_folder(path)
     with contextlib.ExitStack() as held:
         held.enter_context(locked(path / LOCK, shared=shard is not None, busy=busy))
@@ -223,16 +238,39 @@ def _workspace(
         yield ledger
 
 
+def _refuse_unnamed(ledger: Ledger) -> None:
+    if ledger.unnamed:
+        raise UserError(
+            f"{ledger.path}: {len(ledger.unnamed)} volumes in it, as {min(ledger.unnamed)}, are "
+            f"not among those that SRC names now: name all sources together, choose another -o, or "
+            f"drop them with --prune"
+        )
+
+
 def _check_options(
-    workers: int, shard: Shard | None, merge: bool, overwrite: bool, dask: str | None
+    workers: int, timeout: float | None, shard: Shard | None, merge: bool, dask: str | None
 ) -> None:
     if workers < 0:
         raise UserError(f"workers {workers}: give at least 1")
+    if timeout is not None and not 0 < timeout < math.inf:
+        raise UserError(f"--timeout {timeout:g}: give a positive number of seconds")
     if shard is not None and not 0 <= shard.index < shard.count:
         raise UserError(
             f"--shard {shard.index}/{shard.count}: shards of {shard.count} are counted from 0 to "
             f"{shard.count - 1}"
         )
+
+
+def _check_together(
+    shard: Shard | None,
+    merge: bool,
+    dask: str | None,
+    timeout: float | None,
+    *,
+    verify: bool,
+    overwrite: bool,
+) -> None:
+    """Refuse options of which one would be ignored."""
     if shard is not None and merge:
         raise UserError("--shard and --merge: shards first, then one run with --merge alone")
     if shard is not None and overwrite:
@@ -240,8 +278,10 @@ def _check_options(
             "--shard and --overwrite: a shard would remove what others did; remove the "
             "store yourself before the first shard"
         )
-    if merge and (overwrite or dask):
-        raise UserError("--merge only commits what is there: drop --overwrite and --dask")
+    if merge and (overwrite or verify or dask):
+        raise UserError("--merge only commits what is there: drop --overwrite, --verify and --dask")
+    if dask and timeout is not None:
+        raise UserError("--timeout is for processes of this machine: drop it, or --dask")
 
 
 def _refuse_overlap(sources: Sequence[Path | str], store: Path) -> None:

@@ -117,7 +117,8 @@ def test_bad_volumes_are_recorded_once_and_the_rest_goes_on(tmp_path, save_volum
             ("missing", "source.missing", "find"),
             ("text", "container.not_nifti", "read"),
         ]
-    assert summary.progress.kept == 5
+    assert summary.progress.kept == 4
+    assert summary.progress.done == summary.progress.total == 5
     for record in found:
         assert record["path"] in record["message"]
         assert record["code"] in CODES
@@ -161,8 +162,10 @@ def test_masks_of_a_list_go_into_the_store(tmp_path, save_volume):
     assert summary.progress.kept == 0
     assert preprocess([tmp_path / "list.csv"], tmp_path / "store", KEEP).progress.kept == 1
     (tmp_path / "face.nii").unlink()
-    with pytest.raises(UserError, match=r"none of the 1 volumes.*face\.nii"):
+    with pytest.raises(UserError, match=r"as a, are not among .* --prune"):
         preprocess([tmp_path / "list.csv"], tmp_path / "store", KEEP)
+    with pytest.raises(UserError, match=r"none of the 1 volumes.*face\.nii"):
+        preprocess([tmp_path / "list.csv"], tmp_path / "store", KEEP, prune=True)
 
 
 def test_too_many_failures_are_fatal_and_what_is_done_is_kept(volumes, tmp_path):
@@ -268,49 +271,6 @@ def test_the_split_is_by_subject(tmp_path, save_volume):
     assert splits[0, 0.3] != splits[1, 0.3]
 
 
-def test_shards_together_are_the_whole(volumes, tmp_path, contents):
-    source, store = volumes(11), tmp_path / "shards"
-    (source / "v004.nii.gz").write_bytes(b"")
-    preprocess([source], tmp_path / "whole")
-    counts = []
-    for i in (2, 0):
-        summary = preprocess([source], store, shard=Shard(i, 3))
-        assert summary.store is None
-        counts.append(summary.progress.total)
-        assert not (store / "index.json").exists()
-    with pytest.raises(UserError, match=r"4 of 11 volumes are not done, the first is .*v001"):
-        preprocess([source], store, merge=True)
-    counts.append(preprocess([source], store, shard=Shard(1, 3)).progress.total)
-    assert sorted(counts) == [3, 4, 4]
-    again = preprocess([source], store, shard=Shard(1, 3))
-    assert again.progress.kept == 4
-    merged = preprocess([source], store, merge=True)
-    assert (merged.progress.ok, merged.progress.rejected, merged.progress.kept) == (10, 1, 11)
-    assert contents(store) == contents(tmp_path / "whole")
-    assert [r["id"] for r in records(store)] == ["v004"]
-
-
-def test_two_runs_in_one_store(volumes, tmp_path):
-    source, store = volumes(3), tmp_path / "store"
-
-    def intrude(progress, outcome):
-        with pytest.raises(UserError, match="another run is at work"):
-            preprocess([source], store)
-        with pytest.raises(UserError, match="another run is at work"):
-            preprocess([source], store, shard=Shard(0, 2))
-
-    assert preprocess([source], store, on_outcome=intrude).progress.ok == 3
-
-    def join(progress, outcome):
-        with pytest.raises(UserError, match="another run is at work"):
-            preprocess([source], store, shard=Shard(0, 2), overwrite=False)
-        if outcome is None:
-            preprocess([source], store, shard=Shard(1, 2))
-
-    (source / "v000.nii.gz").touch()
-    preprocess([source], store, shard=Shard(0, 2), on_outcome=join)
-
-
 def test_other_options_are_refused_unless_the_store_is_emptied(volumes, tmp_path):
     source, store = volumes(3), tmp_path / "store"
     preprocess([source], store)
@@ -319,6 +279,8 @@ def test_other_options_are_refused_unless_the_store_is_emptied(volumes, tmp_path
         preprocess([source], store, other)
     assert len(Store.open(store)) == 3
     (source / "v001.nii.gz").rename(source / "w001.nii.gz")
+    with pytest.raises(UserError, match="as v001, are not among"):
+        preprocess([source], store)
     summary = preprocess([source], store, other, overwrite=True)
     assert summary.store.config == other
     assert [p.name for p in sorted((store / "cases").iterdir())] == [
@@ -353,6 +315,11 @@ def test_refused_before_anything_is_written(tmp_path, save_volume):
         (tmp_path / "store", {"shard": Shard(0, 3), "merge": True}, "then one run with --merge"),
         (tmp_path / "store", {"shard": Shard(0, 3), "overwrite": True}, "remove the store"),
         (tmp_path / "store", {"merge": True, "overwrite": True}, "drop --overwrite"),
+        (tmp_path / "store", {"merge": True, "verify": True}, "drop --overwrite, --verify"),
+        (tmp_path / "store", {"merge": True}, "no shard has begun"),
+        (tmp_path / "store", {"timeout": 0.0}, "--timeout 0: give a positive"),
+        (tmp_path / "store", {"timeout": float("nan")}, "--timeout nan"),
+        (tmp_path / "store", {"dask": "tcp://x:1", "timeout": 5.0}, "drop it, or --dask"),
     ):
         with pytest.raises(UserError, match=message):
             preprocess([tmp_path / "src"], store, **options)

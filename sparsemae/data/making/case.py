@@ -39,6 +39,7 @@ class Job:
     store: Path
     config: PreprocessConfig
     known: Case | None = None  # stored already: kept as it is if its files are whole
+    warnings: tuple["Record", ...] = ()  # of the known case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ class Outcome:
     case: Case | None = None
     failure: Record | None = None
     warnings: tuple[Record, ...] = field(default=())
+    made: bool = True  # False: it was stored already, and is whole
 
 
 def process(job: Job) -> Outcome:
@@ -73,7 +75,7 @@ def process(job: Job) -> Outcome:
     Trouble with the store, such as a full disk, is not the volume's fault: it is raised.
     """
     if job.known is not None and verify(job.store, job.known):
-        return Outcome(job.source.id, job.stamp, job.known)
+        return Outcome(job.source.id, job.stamp, job.known, warnings=job.warnings, made=False)
     began = time.perf_counter()
     stage = "read"
     try:

@@ -22,7 +22,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 CONNECT_SECONDS = 20
-AHEAD = 8  # jobs handed over per thread of the cluster: it never waits, and its memory stays flat
+AHEAD = 2  # jobs handed over per thread: it never waits, and few are left when we are stopped
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def run_on_dask(
 
     `UserError` if a worker is without this package, or does not see `folder`.
     """
-    from distributed import KilledWorker, as_completed
+    from distributed import CancelledError, KilledWorker, as_completed
 
     _check_workers(client, folder)
     finished = as_completed(loop=client.loop)
@@ -74,7 +74,18 @@ def run_on_dask(
 
     def answers(queue: Iterator[Job]) -> Iterator[tuple[Job, float, Result | Exception]]:
         for future in finished:
-            answer = future.exception() or future.result()
+            try:
+                answer = future.exception() or future.result()
+            except (CancelledError, OSError) as error:  # a job's own is returned, not raised
+                answer = error
+                lost = True
+            else:
+                lost = isinstance(answer, CancelledError)
+            if lost:
+                raise ConnectionError(
+                    f"--dask: the scheduler has gone ({type(answer).__name__}); what is done is "
+                    f"kept, the same command goes on"
+                ) from None
             future.release()
             yield *running.pop(future.key), answer
             submit(queue, 1)

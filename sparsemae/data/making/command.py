@@ -1,7 +1,7 @@
 """`sparsemae preprocess`: options to a configuration, the run and its progress, an exit code."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from sparsemae.data.making.watch import PreprocessProgress, describe
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.preprocess import Shard, Summary, preprocess
 from sparsemae.errors import UserError
-from sparsemae.signals import PREEMPTED, stop_requested
+from sparsemae.signals import PREEMPTED
 
 SOME_REJECTED, INTERRUPTED = 3, 130
 
@@ -48,13 +48,14 @@ def run_preprocess(
     config: PreprocessConfig,
     *,
     shard: str | None,
+    stopped: Callable[[], bool],
     **options: Any,
 ) -> int:
     """Run `preprocess`, say what came of it, and return the exit code."""
     console = Console()
     part = None if shard is None else _shard(shard)
     try:
-        with stop_requested() as stopped, PreprocessProgress(console) as progress:
+        with PreprocessProgress(console) as progress:
             summary = preprocess(
                 *(sources, store, config),
                 shard=part,
@@ -65,10 +66,10 @@ def run_preprocess(
     except KeyboardInterrupt:
         print("interrupted: what is done is kept, the same command goes on")
         return INTERRUPTED
-    return _report(summary, store, part)
+    return _report(summary, store, part, verified=options["verify"])
 
 
-def _report(summary: Summary, store: Path, part: Shard | None) -> int:
+def _report(summary: Summary, store: Path, part: Shard | None, *, verified: bool) -> int:
     counts = summary.progress
     if summary.stopped:
         print(
@@ -80,6 +81,8 @@ def _report(summary: Summary, store: Path, part: Shard | None) -> int:
         print(f"shard {part.index}/{part.count}: {describe(counts, 0)}")
     else:
         print(f"{counts.ok} volumes stored in {store}")
+        if verified:
+            print(f"verified: {counts.made} were made in this run, the others are whole")
         if summary.warnings:
             codes = ", ".join(f"{n} {code}" for code, n in summary.warnings.most_common())
             print(f"warnings: {codes}; see {store / WARNINGS}")
@@ -91,7 +94,8 @@ def _report(summary: Summary, store: Path, part: Shard | None) -> int:
     ]
     if not left_out:
         return 0
-    print(f"{' and '.join(left_out)}, see {store / FAILURES}")
+    where = f"see {store / FAILURES}" if summary.store else "--merge records them"
+    print(f"{' and '.join(left_out)}, {where}")
     return SOME_REJECTED
 
 

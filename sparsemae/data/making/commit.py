@@ -49,7 +49,7 @@ def commit(
     known = [source for source in found.sources if source.id in ledger.entries]
     outcomes = list(ledger.outcomes(source.id for source in known))
     failures = [o.failure for o in outcomes if o.failure is not None]
-    failures = sorted([*failures, *map(_unusable, found.problems)], key=lambda record: record.id)
+    failures = sorted([*failures, *map(unusable, found.problems)], key=lambda record: record.id)
     write_records(ledger.path, FAILURES, failures)
     total = len(found.sources) + len(found.problems)
     _judge(failures, total, ledger.path, rules)
@@ -63,7 +63,7 @@ def commit(
     return Store.open(ledger.path), tuple(failures), codes
 
 
-def _unusable(problem: Problem) -> Record:
+def unusable(problem: Problem) -> Record:
     """An entry of a source that names no readable file."""
     return Record(
         **{"id": problem.id, "path": str(problem.path), "size": None, "mtime": None, "stamp": ""},

@@ -18,7 +18,7 @@ from sparsemae.data.making.case import Outcome, Record
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.store import CASES, EXCLUDED, INDEX, Case, Store, case_from
 from sparsemae.errors import UserError
-from sparsemae.files import TEMPORARY, write_atomically
+from sparsemae.files import TEMPORARY, named, sync_folder, write_atomically, write_once
 
 JOURNALS = ".journal"
 CONFIG = "config.json"
@@ -27,7 +27,11 @@ FAILURES, WARNINGS = "failures.jsonl", "warnings.jsonl"
 PAGES = ("dataset.html", "contact.png")
 OURS = {INDEX, CASES, EXCLUDED, FAILURES, WARNINGS, *PAGES, JOURNALS, LOCK}
 COMMIT = "commit"  # stage of what is found in all cases together
-RETRIED = ("worker.", "unexpected.")  # failures that another try may not repeat
+# failures of the machine or its set-up, which a later run may not repeat with the same file
+RETRIED = (
+    *("worker.", "unexpected.", "container.permission", "container.unreadable"),
+    *("container.memory", "container.itk"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +53,28 @@ class Ledger:
     def __init__(self, path: Path, config: PreprocessConfig, name: str):
         self.path, self.config = path, config
         self.entries: dict[str, Entry] = {}
+        self.unnamed: set[str] = set()  # ids of stored cases that no source has any more
+        self.changed: set[str] = set()  # ids of cases of the index whose source has changed
         self.journal = path / JOURNALS / f"{name}.jsonl"
         self.file = None
 
     def load(self, stamps: dict[str, str]) -> None:
         """Take what the index and all journals say of sources that have the stamp given here."""
-        for line in self._lines():
-            self._keep(line, stamps)
+        if (self.path / INDEX).is_file():
+            for outcome in _committed(self.path):
+                self._keep(outcome, _line(outcome), stamps)
+                if outcome.case is not None and outcome.stamp != stamps.get(outcome.id):
+                    self.changed.add(outcome.id)
+        for journal in sorted((self.path / JOURNALS).glob("*.jsonl")):
+            with journal.open("rb") as file:
+                for line in file:
+                    if (outcome := _parsed(line)) is not None:
+                        self._keep(outcome, line, stamps)
 
     def append(self, outcome: Outcome) -> None:
         """Add an outcome; it survives this process once this returns."""
         line = _line(outcome)
-        if self.file is None:
-            self.file = self.journal.open("ab")
-            if self.file.tell() and not _ends_whole(self.journal):
-                self.file.write(b"\n")  # the line that a crash cut short
-        self.file.write(line)
-        self.file.flush()
+        self._write(line)
         self.entries[outcome.id] = _entry(outcome, line)
 
     def outcomes(self, ids: Iterable[str]) -> Iterator[Outcome]:
@@ -82,20 +91,37 @@ class Ledger:
         self.close()
         shutil.rmtree(self.path / JOURNALS)
 
-    def _lines(self) -> Iterator[bytes]:
-        if (self.path / INDEX).is_file():
-            yield from _committed(self.path)
-        for journal in sorted((self.path / JOURNALS).glob("*.jsonl")):
-            with journal.open("rb") as file:
-                yield from file
+    def retire_index(self) -> None:
+        """Before files of its cases are replaced: nobody may read a store that is half new."""
+        for entry in list(self.entries.values()):
+            self._write(entry.line)
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+        (self.path / INDEX).unlink(missing_ok=True)  # another shard may have been first
+        sync_folder(self.path)
+        self.changed.clear()
 
-    def _keep(self, line: bytes, stamps: dict[str, str]) -> None:
+    def _write(self, line: bytes) -> None:
         try:
-            outcome = _outcome(json.loads(line))
-        except (ValueError, TypeError, KeyError):
-            return  # cut short by a crash: the case is made again
-        if stamps.get(outcome.id) == outcome.stamp:
-            self.entries[outcome.id] = _entry(outcome, line)
+            if self.file is None:
+                self.file = self.journal.open("ab")
+                if self.file.tell() and not _ends_whole(self.journal):
+                    self.file.write(b"\n")  # the line that a crash cut short
+            self.file.write(line)
+            self.file.flush()
+        except OSError as error:
+            raise named(error, self.journal) from None
+
+    def _keep(self, outcome: Outcome, line: bytes, stamps: dict[str, str]) -> None:
+        if outcome.id not in stamps:
+            if outcome.case is not None:
+                self.unnamed.add(outcome.id)
+            return
+        entry, before = _entry(outcome, line), self.entries.get(outcome.id)
+        # journals have no order among them: a result stands against a failure of the machine
+        beaten = entry.retried and before is not None and not before.retried
+        if stamps[outcome.id] == outcome.stamp and not beaten:
+            self.entries[outcome.id] = entry
 
 
 def make_folder(path: Path) -> None:
@@ -127,8 +153,9 @@ def begin(path: Path, config: PreprocessConfig, *, alone: bool, overwrite: bool)
         (path / folder).mkdir(exist_ok=True)
     if alone:
         _remove_temporaries(path)
-    if not (path / JOURNALS / CONFIG).exists():
-        write_atomically(path / JOURNALS / CONFIG, (config.model_dump_json() + "\n").encode())
+    # of shards that begin together one is first, and the others look at what it wrote
+    write_once(path / JOURNALS / CONFIG, (config.model_dump_json() + "\n").encode())
+    _refuse_other_config(path, config)
 
 
 def sweep(path: Path, cases: Iterable[Case]) -> None:
@@ -142,8 +169,12 @@ def stored_files(path: Path) -> dict[str, int]:
     """The files of cases in the store at `path`, relative to it, and their bytes."""
     sizes = {}
     for folder in (CASES, EXCLUDED):
-        with contextlib.suppress(FileNotFoundError), os.scandir(path / folder) as entries:
-            sizes |= {f"{folder}/{entry.name}": entry.stat().st_size for entry in entries}
+        if not (path / folder).is_dir():
+            continue
+        with os.scandir(path / folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # a temporary that another run renamed
+                    sizes[f"{folder}/{entry.name}"] = entry.stat().st_size
     return sizes
 
 
@@ -168,25 +199,32 @@ def read_records(path: Path, name: str) -> Iterator[Record]:
     """The records of STORE/`name`; none if there is no such file."""
     if (path / name).is_file():
         with (path / name).open("rb") as file:
-            yield from (Record(**json.loads(line)) for line in file)
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield Record(**json.loads(line))
+                except (ValueError, TypeError):
+                    raise UserError(
+                        f"{path / name}: line {number} is damaged; remove the file to go on "
+                        f"without its records, or make the store again with --overwrite"
+                    ) from None
 
 
-def _committed(path: Path) -> Iterator[bytes]:
-    """What a finished store holds, as journal lines."""
+def _committed(path: Path) -> Iterator[Outcome]:
+    """What a finished store holds."""
     warnings: dict[str, list[Record]] = {}
     for record in read_records(path, WARNINGS):
         if record.stage != COMMIT:  # found again when all cases are looked at together
             warnings.setdefault(record.id, []).append(record)
     for case in Store.open(path, complete=False).cases:
-        yield _line(Outcome(case.id, case.stamp, case, warnings=tuple(warnings.get(case.id, ()))))
+        yield Outcome(case.id, case.stamp, case, warnings=tuple(warnings.get(case.id, ())))
     for record in read_records(path, FAILURES):
-        yield _line(Outcome(record.id, record.stamp, failure=record))
+        yield Outcome(record.id, record.stamp, failure=record)
 
 
 def _refuse_other_config(path: Path, config: PreprocessConfig) -> None:
     unfinished = path / JOURNALS / CONFIG
     if unfinished.is_file():
-        before = PreprocessConfig.model_validate_json(unfinished.read_text())
+        before = _config_of(unfinished)
     elif (path / INDEX).is_file():
         before = Store.open(path, complete=False).config
     else:
@@ -197,6 +235,16 @@ def _refuse_other_config(path: Path, config: PreprocessConfig) -> None:
             f"{path}: made with other options ({'; '.join(changed)}): "
             f"give the same, choose another -o, or --overwrite"
         )
+
+
+def _config_of(file: Path) -> PreprocessConfig:
+    try:
+        return PreprocessConfig.model_validate_json(file.read_text())
+    except ValueError:  # pydantic's, and of text that is no UTF-8
+        raise UserError(
+            f"{file}: damaged; remove {file.parent}, and the volumes that only it knows of are "
+            f"made again"
+        ) from None
 
 
 def _is_ours(name: str) -> bool:
@@ -231,6 +279,14 @@ def _ends_whole(journal: Path) -> bool:
 def _line(outcome: Outcome) -> bytes:
     # not dataclasses.asdict: copying every tuple is most of a rerun's time
     return (json.dumps(vars(outcome), separators=(",", ":"), default=vars) + "\n").encode()
+
+
+def _parsed(line: bytes) -> Outcome | None:
+    """None for a line that a crash cut short: the case is made again."""
+    try:
+        return _outcome(json.loads(line))
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _outcome(raw: dict[str, Any]) -> Outcome:

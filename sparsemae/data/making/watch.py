@@ -71,7 +71,7 @@ def describe(counts: Counts, seconds: float) -> str:
     parts = [f"{counts.ok} ok", f"{counts.warned} of them warned", f"{counts.rejected} rejected"]
     if counts.filtered:
         parts.append(f"{counts.filtered} filtered")
-    if done := counts.done - counts.kept:
+    if (done := counts.made) and seconds > 0:
         left = timedelta(seconds=round((counts.total - counts.done) * seconds / done))
-        parts += [f"{60 * done / max(seconds, 1e-3):.1f}/min", f"left {left}"]
+        parts += [f"{60 * done / seconds:.1f}/min", f"left {left}"]
     return "  ".join(parts)

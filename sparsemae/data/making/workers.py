@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 
 # Parallelism is by processes: a library's own threads would only compete with them.
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+OURS_TO_HEED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 STILLBORN = 3  # workers in a row that end while they start: no job is to blame
 _PR_SET_PDEATHSIG = 1  # Linux: a signal to this process when the one that started it ends
 
@@ -51,7 +52,12 @@ class _Worker(Generic[Job]):
         self.process = context.Process(
             target=_serve, args=(theirs, function, os.getpid()), daemon=True
         )
-        self.process.start()
+        # until the worker ignores them it must not die of what a scheduler sends to the group
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, OURS_TO_HEED)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.ready, self.job, self.alone, self.since = False, None, False, time.monotonic()
 
@@ -183,14 +189,14 @@ class _Pool(Generic[Job, Result]):
         worker.stop()
         if not worker.ready and gone:
             self.stillborn += 1
-            if self.stillborn == STILLBORN:
+            if self.stillborn == STILLBORN and not self.stopped():
                 raise RuntimeError(
                     f"{STILLBORN} worker processes ended while they started, the last with "
                     f"{_ending(code)}; in a script, call from under `if __name__ == '__main__':`"
                 )
         if worker.job is None:
             return None
-        if not worker.alone:
+        if not worker.alone or not worker.ready:
             self.again.append(worker.job)
             return None
         seconds = time.monotonic() - worker.since
@@ -209,8 +215,9 @@ def _ending(code: int | None) -> str:
 def _serve(pipe: Connection, function: bytes, parent: int) -> None:
     """The life of a worker: answer jobs until the pipe closes."""
     # The parent decides when to stop; a scheduler or Ctrl-C signals the whole group.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for name in OURS_TO_HEED:
         signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OURS_TO_HEED)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before that

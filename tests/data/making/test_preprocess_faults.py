@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from sparsemae.data.preprocess import preprocess
+from sparsemae.data.store import Store
+from sparsemae.errors import UserError
 
 COUNT = 24
 
@@ -137,7 +139,8 @@ def test_a_full_disk_ends_the_run_and_blames_no_volume(undisturbed, contents, tm
     printed = run.communicate(timeout=60)[0]
     assert run.returncode == 1, printed
     assert "Traceback" not in printed
-    assert "File too large" in printed
+    assert f"{store}/cases/v000.b2nd" in printed
+    assert "File too large; free some space" in printed
     assert not (store / "index.json").exists()
     assert not [path for path in store.glob("cases/*") if path.stat().st_size == 8192]
     finish(sparsemae, folder, "-o", store)
@@ -216,7 +219,10 @@ def test_only_what_changed_is_done_again(undisturbed, contents, save_volume, tmp
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
-    assert run() == ["v003", "v006", "v100"]
+    with pytest.raises(UserError, match=r"1 volumes in it, as v005, are not among .*--prune"):
+        run()
+    assert contents(store).keys() == expected.keys() - {"cases/v006.b2nd"}
+    assert run(prune=True) == ["v003", "v006", "v100"]
     names = {name for name in contents(store) if name.startswith("cases/")}
     assert "cases/v005.b2nd" not in names
     assert len(names) == COUNT
@@ -225,3 +231,34 @@ def test_only_what_changed_is_done_again(undisturbed, contents, save_volume, tmp
     assert contents(store)["cases/v007.b2nd"] == expected["cases/v007.b2nd"]
     index = json.loads((store / "index.json").read_text())
     assert [case["id"] for case in index["cases"]] == sorted(p.name[:4] for p in folder.iterdir())
+
+
+def test_a_store_that_is_half_remade_is_no_store(undisturbed, save_volume, tmp_path):
+    """Else training would read new files with old checksums, and call them damaged."""
+    folder, _ = undisturbed
+    store = tmp_path / "undisturbed"
+    for i in range(3):
+        save_volume(folder / f"v{i:03d}.nii.gz", seed=50 + i)
+    preprocess([folder], store, stopped=itertools.chain([False], itertools.repeat(True)).__next__)
+    with pytest.raises(UserError, match="no store there"):
+        Store.open(store)
+    seen = []
+    summary = preprocess([folder], store, on_outcome=lambda p, o: seen.append(p.kept))
+    assert seen[0] == COUNT - 2
+    for case in summary.store.cases:
+        summary.store.verify(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_stopped_while_workers_start(undisturbed, contents, tmp_path, sparsemae, name):
+    folder, expected = undisturbed
+    store, words = tmp_path / "store", (folder, "-o", tmp_path / "store", "--workers", 4)
+    run = sparsemae("preprocess", *words)
+    until(lambda: children(run.pid), run)  # one at least is being started
+    os.killpg(run.pid, getattr(signal, name))
+    printed = run.communicate(timeout=60)[0]
+    assert run.returncode == {"SIGTERM": 85, "SIGINT": 130}[name], printed
+    assert "Traceback" not in printed
+    finish(sparsemae, *words)
+    assert contents(store) == expected
