@@ -224,6 +224,13 @@ BAD = {  # words of a command; what its one line must say: the place, and the re
     "layout": ((*PREPROCESS, "--layout", "bid"), "--layout bid", "did you mean bids?"),
     "shard word": ((*PREPROCESS, "--shard", "first"), "--shard first", "such as 0/8"),
     "shard of none": ((*PREPROCESS, "--shard", "8/8"), "--shard 8/8", "from 0 to 7"),
+    "run in the store": (
+        ("pretrain", "{made}/store", "-o", "{made}/store/run", "--config", "tiny"),
+        "{made}/store/run is inside the store",
+        "choose another -o",
+    ),
+    "no time": ((*PREPROCESS, "--timeout", "0"), "--timeout 0", "positive number of seconds"),
+    "merge of nothing": ((*PREPROCESS, "--merge"), "out: no shard has begun", "check -o"),
     "merge and shard": ((*PREPROCESS, "--merge", "--shard", "0/2"), "--shard and --merge", "then"),
     "failures in percent": (
         (*PREPROCESS, "--max-failures", "5"),
@@ -306,7 +313,8 @@ def test_trouble_of_the_machine_is_one_line_and_exit_1(made, tmp_path, monkeypat
     assert "lower train.lr" in line
     command[3] = tmp_path / "other"
     monkeypatch.setattr(pretrain, "save_checkpoint", full)
-    assert refused(capfd, *command, code=1) == "model.safetensors: No space left on device"
+    line = refused(capfd, *command, code=1)
+    assert line.startswith("model.safetensors: No space left on device; free some space")
 
 
 def test_a_killed_loader_process_is_one_line_exit_1(made, tmp_path, monkeypatch, capfd):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 
 import nibabel as nib
@@ -222,12 +223,12 @@ def test_a_lost_worker_is_not_the_last_word(volumes, tmp_path, monkeypatch):
 def test_voxels_beside_their_header_are_noticed(tmp_path):
     pair = nib.Nifti1Pair(np.random.default_rng(0).integers(1, 9, (9, 9, 9), np.int16), np.eye(4))
     nib.save(pair, tmp_path / "a.img")
-    assert preprocess([tmp_path / "a.hdr"], tmp_path / "store", KEEP).progress.ok == 1
-    assert preprocess([tmp_path / "a.hdr"], tmp_path / "store", KEEP).progress.kept == 1
-    data = bytearray((tmp_path / "a.img").read_bytes())
-    data[100] ^= 3
-    (tmp_path / "a.img").write_bytes(data)
-    assert preprocess([tmp_path / "a.hdr"], tmp_path / "store", KEEP).progress.kept == 0
+    for name, other in (("a.hdr", "a.img"), ("a.img", "a.hdr")):
+        store = tmp_path / name[2:]
+        assert preprocess([tmp_path / name], store, KEEP).progress.ok == 1
+        assert preprocess([tmp_path / name], store, KEEP).progress.kept == 1
+        os.utime(tmp_path / other, (1e9, 1e9))
+        assert preprocess([tmp_path / name], store, KEEP).progress.kept == 0
 
 
 def test_a_frame_of_several(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from sparsemae.data.codes import Notice, VolumeError, one_line
+from sparsemae.data.finding.scan import split_suffix
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.preparing.quality import assess
 from sparsemae.data.read import read_mask, read_volume
@@ -23,11 +24,11 @@ from sparsemae.data.store import Case, encode_blocks, verify, write_image, write
 from sparsemae.data.transforms import prepare
 from sparsemae.errors import UserError
 
-VOXELS_BESIDE = {  # as the usual writers name them
-    ".hdr": (".img", ".img.gz"),
-    ".mhd": (".raw", ".zraw"),
-    ".nhdr": (".raw", ".raw.gz"),
-}
+HALVES = (  # of volumes in two files
+    (".hdr", ".img", ".hdr.gz", ".img.gz"),
+    (".mhd", ".raw", ".zraw"),
+    (".nhdr", ".raw", ".raw.gz"),
+)
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,15 @@ def content_of(array: Float32[np.ndarray, "D H W"]) -> str:
 
 
 def _files(source: Source) -> list[Path]:
-    """The source's files, with what may hold the voxels of a header of its own."""
+    """The source's files, with the other half of a pair, as the usual writers name it."""
     named = [p for p in (source.path, source.excluded, source.anatomy) if p is not None]
-    beside = [
-        path.with_suffix(suffix)
-        for path in named
-        for suffix in VOXELS_BESIDE.get(path.suffix.lower(), ())
-    ]
-    return named + [path for path in beside if path.is_file()]
+    found = list(named)
+    for path in named:
+        stem, suffix = split_suffix(path.name)
+        halves = next((group for group in HALVES if suffix in group), ())
+        beside = [path.with_name(stem + half) for half in halves if half != suffix]
+        found += [other for other in beside if other.is_file()]
+    return found
 
 
 def _stamp(path: Path) -> str:

@@ -171,3 +171,21 @@ def test_preprocessing_on_a_cluster_that_loses_a_worker(start, volumes, tmp_path
     assert killed
     assert (summary.progress.ok, summary.progress.rejected) == (24, 0)
     assert contents(tmp_path / "store") == contents(tmp_path / "alone")
+
+
+def test_a_scheduler_that_goes_away_is_one_line(run, start, tmp_path):
+    cluster = start()
+    results = on_cluster(cluster, run, [("wait", str(tmp_path / "never"))] * 3, tmp_path)
+
+    def kill():
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob("never.*")):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        os.killpg(cluster.scheduler.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(ConnectionError, match=r"scheduler has gone .*the same command goes on"):
+        list(results)
+    killer.join()
