@@ -10,18 +10,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsemae.data.making.workers import Lost
 from sparsemae.errors import UserError
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 CONNECT_SECONDS = 20
+POLL_SECONDS = 5  # between looks whether there still is a worker
+DESERTED_SECONDS = 300  # without one: a cluster may replace its workers in that time
 AHEAD = 2  # jobs handed over per thread: it never waits, and few are left when we are stopped
 
 
@@ -33,7 +35,7 @@ def connected(address: str) -> Iterator["Client"]:
     except ImportError:
         raise UserError("--dask needs Dask: pip install 'sparsemae[cluster]'") from None
     try:
-        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+        client = Client(address, timeout=CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--dask {address}: no scheduler answers there ({error}); give the address that "
@@ -59,55 +61,87 @@ def run_on_dask(
 
     `UserError` if a worker is without this package, or does not see `folder`.
     """
-    from distributed import CancelledError, KilledWorker, as_completed
+    from distributed import KilledWorker
 
     _check_workers(client, folder)
-    finished = as_completed(loop=client.loop)
-    running: dict[str, tuple[Job, float]] = {}
-    suspects: list[Job] = []
-
-    def submit(queue: Iterator[Job], count: int) -> None:
-        for job in islice(queue, 0 if stopped() else count):
-            future = client.submit(function, job, pure=False)
-            running[future.key] = job, time.monotonic()
-            finished.add(future)
-
-    def answers(queue: Iterator[Job]) -> Iterator[tuple[Job, float, Result | Exception]]:
-        for future in finished:
-            try:
-                answer = future.exception() or future.result()
-            except (CancelledError, OSError) as error:  # a job's own is returned, not raised
-                answer = error
-                lost = True
-            else:
-                lost = isinstance(answer, CancelledError)
-            if lost:
-                raise ConnectionError(
-                    f"--dask: the scheduler has gone ({type(answer).__name__}); what is done is "
-                    f"kept, the same command goes on"
-                ) from None
-            future.release()
-            yield *running.pop(future.key), answer
-            submit(queue, 1)
-
-    queue = iter(jobs)
-    submit(queue, AHEAD * sum(client.nthreads().values()))
-    for job, _, answer in answers(queue):
+    tasks, suspects = _Tasks(client, function, stopped), []
+    for job, _, answer in tasks.answers(iter(jobs), AHEAD * sum(client.nthreads().values())):
         if isinstance(answer, KilledWorker):
             suspects.append(job)  # or what ran beside it is to blame
         elif isinstance(answer, Exception):
             raise answer
         else:
             yield job, answer
-    queue = iter(suspects)
-    submit(queue, 1)
-    for job, since, answer in answers(queue):
+    for job, seconds, answer in tasks.answers(iter(suspects), 1):
         if isinstance(answer, KilledWorker):
             reason = f"{answer.allowed_failures + 1} Dask workers died at it alone"
-            answer = Lost("worker.killed", reason, time.monotonic() - since)
+            answer = Lost("worker.killed", reason, seconds)
         elif isinstance(answer, Exception):
             raise answer
         yield job, answer
+
+
+class _Tasks:
+    """Jobs under way on the cluster. ConnectionError when that is gone, or has had no worker for
+    long: a task would wait for one for ever."""
+
+    def __init__(self, client: "Client", function: Callable, stopped: Callable[[], bool]):
+        self.client, self.function, self.stopped = client, function, stopped
+        self.running: dict[Future, tuple[Any, float]] = {}
+        self.deserted = None  # since when there has been no worker
+
+    def answers(self, queue: Iterator[Job], ahead: int) -> Iterator[tuple[Job, float, Any]]:
+        """Each job, its seconds, and its result or exception; `ahead` of them at a time."""
+        self._submit(queue, ahead)
+        while self.running:
+            for future in self._finished():
+                try:
+                    answer = future.exception(POLL_SECONDS) or future.result(POLL_SECONDS)
+                except TimeoutError:
+                    continue  # lost with its worker just now, and done again
+                except self._gone as error:
+                    raise self._lost(error) from None
+                if isinstance(answer, self._gone[0]):
+                    raise self._lost(answer)
+                job, since = self.running.pop(future)
+                future.release()
+                yield job, time.monotonic() - since, answer
+                self._submit(queue, 1)
+
+    @property
+    def _gone(self) -> tuple[type[BaseException], ...]:
+        from distributed import CancelledError
+
+        return CancelledError, OSError  # a job's own OSError is returned, not raised
+
+    def _submit(self, queue: Iterator[Job], count: int) -> None:
+        for job in islice(queue, 0 if self.stopped() else count):
+            future = self.client.submit(self.function, job, pure=False)
+            self.running[future] = job, time.monotonic()
+
+    def _finished(self) -> list["Future"]:
+        from distributed import wait
+
+        try:
+            while True:
+                try:
+                    return list(wait(list(self.running), POLL_SECONDS, "FIRST_COMPLETED").done)
+                except TimeoutError:
+                    self._require_worker()
+        except self._gone as error:
+            raise self._lost(error) from None
+
+    def _require_worker(self) -> None:
+        if self.client.nthreads():
+            self.deserted = None
+        elif self.deserted is None:
+            self.deserted = time.monotonic()
+        elif time.monotonic() - self.deserted > DESERTED_SECONDS:
+            raise ConnectionError("no worker is left")
+
+    def _lost(self, error: BaseException) -> ConnectionError:
+        what = f"{error}" if type(error) is ConnectionError else "the scheduler has gone"
+        return ConnectionError(f"--dask: {what}; what is done is kept, the same command goes on")
 
 
 def _check_workers(client: "Client", folder: Path) -> None:

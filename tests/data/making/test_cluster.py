@@ -45,7 +45,7 @@ def on_cluster(cluster, function, jobs, folder, **options):
 class Cluster:
     """A scheduler and workers as a person would start them, by the `dask` command."""
 
-    def __init__(self, folder, nanny="--no-nanny", allowed=3, workers=2):
+    def __init__(self, folder, allowed=3, workers=2):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -60,7 +60,7 @@ class Cluster:
         )
         self.workers = [
             self._start(
-                *("worker", self.address, "--nthreads", "1", "--no-dashboard", nanny),
+                *("worker", self.address, "--nthreads", "1", "--no-dashboard", "--no-nanny"),
                 *("--host", "127.0.0.1", "--local-directory", str(folder / f"worker{i}")),
             )
             for i in range(workers)
@@ -127,7 +127,7 @@ def test_two_workers_share_the_jobs_and_one_is_killed(run, start, tmp_path):
 
 
 def test_a_job_that_kills_its_workers_is_given_up(run, start, tmp_path):
-    cluster = start(nanny="--nanny", allowed=1)
+    cluster = start(workers=5, allowed=1)  # two die, and two more when it is tried alone
     jobs = [("kill", 0), *(("square", i) for i in range(10))]
     found = dict(on_cluster(cluster, run, jobs, tmp_path))
     lost = found.pop(("kill", 0))
@@ -186,6 +186,14 @@ def test_a_scheduler_that_goes_away_is_one_line(run, start, tmp_path):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(ConnectionError, match=r"scheduler has gone .*the same command goes on"):
+    with pytest.raises(ConnectionError, match=r"scheduler has gone; .*the same command goes on"):
         list(results)
     killer.join()
+
+
+def test_a_cluster_without_workers_is_given_up(run, start, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsemae.data.making.cluster.POLL_SECONDS", 0.2)
+    monkeypatch.setattr("sparsemae.data.making.cluster.DESERTED_SECONDS", 1.0)
+    cluster = start(workers=1)
+    with pytest.raises(ConnectionError, match=r"no worker is left; .*the same command goes on"):
+        list(on_cluster(cluster, run, [("kill", 0), ("square", 1)], tmp_path))
