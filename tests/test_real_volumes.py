@@ -8,6 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from sparsemae.config import load_config
+from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.preprocess import preprocess
 from sparsemae.pretrain import PretrainConfig, pretrain
 from sparsemae.reconstruct import reconstruct
@@ -18,8 +19,8 @@ from sparsemae.reconstruct import reconstruct
 def test_sixty_steps_of_tiny_learn_from_five_real_volumes(shared, tmp_path):
     store, run = tmp_path / "store", tmp_path / "run"
     images = shared / "images"
-    summary = preprocess([images], store, spacing=2.0)
-    assert (summary.ok, summary.rejected) == (5, 0)
+    summary = preprocess([images], store, PreprocessConfig(spacing=2.0), validation=0.0)
+    assert (summary.progress.ok, summary.progress.rejected) == (5, 0)
     pretrain(
         store, run, load_config(PretrainConfig, "tiny", ["train.steps=60", "data.patch_size=48"])
     )
