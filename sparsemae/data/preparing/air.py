@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32
 
+from sparsemae.data.reading.sample import evenly, median
+
 Triple = tuple[int, int, int]
 
 DARK = 0.25  # of the way from the 1st to the 99th percentile: tissue on the faces is above it
 NOISE = 5.0  # median distances of the faces' voxels from air: over 3 standard deviations of noise
-_SAMPLE = 1 << 17  # voxels, evenly spread, for percentiles
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,11 @@ def find_air(array: Float32[np.ndarray, "D H W"]) -> Air:
     """
     faces = [array[i] for i in (0, -1)] + [array[:, i] for i in (0, -1)]
     faces = np.concatenate([f.ravel() for f in (*faces, array[:, :, 0], array[:, :, -1])])
-    flat = array.reshape(-1)
-    sample = flat[:: max(1, flat.size // _SAMPLE) | 1]
-    low, high = map(float, np.percentile(sample, (1, 99), method="lower"))
-    middle = _median(faces)
+    low, high = map(float, np.percentile(evenly(array.reshape(-1)), (1, 99), method="lower"))
+    middle = median(faces)
     dark = middle <= low + DARK * (high - low)
     value = min(middle if dark else low, 0.0)  # so 0 if no voxel is below 0
     if not dark:
         return Air(value)
-    spread = _median(np.abs(faces.astype(np.float64) - value))
+    spread = median(np.abs(faces.astype(np.float64) - value))
     return Air(value, min(NOISE * spread, DARK * max(high - value, 0.0)))
-
-
-def _median(values: np.ndarray) -> float:
-    """The upper one of two: a value that is there, so voxels can equal it."""
-    middle = values.size // 2
-    return float(np.partition(values, middle)[middle])

@@ -16,13 +16,13 @@ import numpy as np
 from jaxtyping import Float32
 
 from sparsemae.data.options import PreprocessConfig
+from sparsemae.data.reading.sample import evenly, median
 
 Values = Float32[np.ndarray, "voxels"]
 
 PERCENTILES = (0.5, 99.5)
 OUTLIER = 20.0  # times the distance of these percentiles
 LARGEST = 60000.0  # stored value, below float16's 65504
-_SAMPLE = 1 << 17  # voxels, evenly spread, that tell where outliers begin
 _FLOAT32 = float(np.finfo(np.float32).max)
 _CHUNK = 1 << 18  # voxels in float64 at a time
 
@@ -61,7 +61,7 @@ def measure(values: Values, background: float, config: PreprocessConfig) -> Scal
 
 def _zscore(values: Values, background: float) -> Scale:
     """The plain z-score, from all voxels but outliers."""
-    sample = values[:: max(1, values.size // _SAMPLE) | 1].astype(np.float64)
+    sample = evenly(values).astype(np.float64)
     low, high = np.percentile(sample, PERCENTILES)
     low, high = min(low, background), max(high, background)
     reach = OUTLIER * (high - low)
@@ -89,8 +89,7 @@ def _moments(values: Values, low: float, high: float) -> tuple[float, float]:
     Sums are in float64 and of distances to a value in the middle; the rest of their last bits, that
     may differ between machines, is lost in the rounding to float32.
     """
-    sample = values[:: max(1, values.size // _SAMPLE) | 1]
-    middle = min(max(float(np.partition(sample, sample.size // 2)[sample.size // 2]), low), high)
+    middle = min(max(median(evenly(values)), low), high)
     total = squares = 0.0
     for start in range(0, values.size, _CHUNK):
         part = values[start : start + _CHUNK].astype(np.float64)

@@ -5,9 +5,8 @@ import numpy as np
 from sparsemae.data.codes import VolumeError
 from sparsemae.data.options import FilterConfig
 from sparsemae.data.read import Volume
+from sparsemae.data.reading.sample import evenly
 from sparsemae.data.transforms import Prepared
-
-_SAMPLE = 1 << 17  # foreground voxels, evenly spread, for percentiles
 
 
 def assess(prepared: Prepared, volume: Volume, config: FilterConfig) -> None:
@@ -48,8 +47,7 @@ def assess(prepared: Prepared, volume: Volume, config: FilterConfig) -> None:
 
 def _percentiles(prepared: Prepared) -> tuple[float, float]:
     """Raw intensities that 1 % of the foreground are below, and above."""
-    values = prepared.array[prepared.foreground]
-    values = values[:: max(1, values.size // _SAMPLE) | 1].astype(np.float64)
+    values = evenly(prepared.array[prepared.foreground]).astype(np.float64)
     low, high = np.percentile(values, (1, 99)) if values.size else (0.0, 0.0)
     return low * prepared.std + prepared.mean, high * prepared.std + prepared.mean
 

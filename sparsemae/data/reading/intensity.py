@@ -12,6 +12,7 @@ from jaxtyping import Float32, Float64, Shaped
 
 from sparsemae.data.codes import Findings
 from sparsemae.data.reading.header import Header
+from sparsemae.data.reading.sample import evenly
 from sparsemae.data.reading.stream import CHUNK, Stream
 
 MAX_NOT_FINITE = 0.01  # fraction of voxels up to which NaN and infinities are filled
@@ -21,7 +22,6 @@ OUTLIER = 100.0  # times the 99.9th percentile of |intensity|
 PADDING = -1500.0  # no tissue is below it, in Hounsfield units or any other scanner's
 MIN_PADDED = 0.001  # fraction of voxels from which a lowest value is padding and no outlier
 PADDING_GAP = 0.25  # of the range of the rest
-_SAMPLE = 1 << 17
 
 Flat = Float32[np.ndarray, "voxels"]
 Sample = Float64[np.ndarray, "voxels"]  # of them, evenly spread
@@ -58,7 +58,7 @@ def check_intensities(array: Flat, header: Header, findings: Findings) -> None:
     high = float(max(part.max() for part in _slabs(array)))
     if low == high:
         raise findings.refuse("intensity.constant", f"every voxel is {low:g}; remove the file")
-    sample = array[:: max(1, array.size // _SAMPLE) | 1].astype(np.float64)
+    sample = evenly(array).astype(np.float64)
     if low < PADDING:
         low = _lift_padding(array, sample, low, findings)
     _note_contrast(array, sample, low, high, findings)
