@@ -1,10 +1,16 @@
-"""Stopping when a scheduler asks: SIGTERM and SIGUSR1 set a flag, the work ends at a good place."""
+"""Stopping when a scheduler asks: SIGTERM and SIGUSR1 set a flag, the work ends at a good place.
+
+A scheduler, or Ctrl-C, signals the whole group. What to do about it is for the main process, so its
+workers are deaf to that, from their start on.
+"""
 
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+GROUP_SIGNALS = (signal.SIGINT, *STOP_SIGNALS)
 PREEMPTED = 85  # exit code: stopped as asked, the same command goes on
 
 
@@ -18,3 +24,19 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+
+
+def start_deaf(process: BaseProcess) -> None:
+    """Start a worker that holds back what is sent to the group until it calls `be_deaf`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def be_deaf() -> None:
+    """Ignore what is sent to the group: the first call of a worker."""
+    for name in GROUP_SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)

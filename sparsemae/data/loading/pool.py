@@ -18,6 +18,7 @@ from typing import Any
 
 from sparsemae.data.loading import wire
 from sparsemae.errors import LoaderError, UserError
+from sparsemae.signals import be_deaf, start_deaf
 
 Report = Callable[[int], None]
 Work = Callable[[int, Report], Any]
@@ -63,7 +64,7 @@ class Pool:
             process = context.Process(
                 target=_serve, args=(work, theirs, self._current, worker, os.getpid()), daemon=True
             )
-            process.start()
+            start_deaf(process)
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -167,9 +168,7 @@ def _close_all() -> None:  # ignore the SIGTERM it sends them
 
 def _serve(work: Work, pipe: Connection, current: Any, worker: int, parent: int) -> None:
     """Answer items until the main process has gone."""
-    # A scheduler, or Ctrl-C, signals the whole group: what to do about it is for the main process.
-    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
+    be_deaf()
 
     def report(sample: int) -> None:
         current[worker] = sample

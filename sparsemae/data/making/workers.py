@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
+from sparsemae.signals import be_deaf, start_deaf
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 # Parallelism is by processes: a library's own threads would only compete with them.
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-OURS_TO_HEED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+LOOK_SECONDS = 1.0  # between looks at what no worker says
 STILLBORN = 3  # workers in a row that end while they start: no job is to blame
 _PR_SET_PDEATHSIG = 1  # Linux: a signal to this process when the one that started it ends
 
@@ -52,12 +54,7 @@ class _Worker(Generic[Job]):
         self.process = context.Process(
             target=_serve, args=(theirs, function, os.getpid()), daemon=True
         )
-        # until the worker ignores them it must not die of what a scheduler sends to the group
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, OURS_TO_HEED)
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        start_deaf(self.process)
         theirs.close()
         self.ready, self.job, self.alone, self.since = False, None, False, time.monotonic()
 
@@ -148,19 +145,13 @@ class _Pool(Generic[Job, Result]):
         handles = {}
         for worker in self.workers:
             handles[worker.pipe] = handles[worker.process.sentinel] = worker
-        due = min((w.since for w in self.workers if w.job is not None), default=0)
-        seconds = None
-        if self.timeout is not None:
-            seconds = max(0.0, due + self.timeout - time.monotonic())
-        # a signal sets `stopped` without ending the wait: look again at times
-        ready = wait(list(handles), min(1.0, seconds) if seconds is not None else 1.0)
-        found = {id(handles[h]): handles[h] for h in ready}
-        now = time.monotonic()
-        for worker in self.workers:
-            overdue = self.timeout is not None and now - worker.since > self.timeout
-            if worker.job is not None and overdue:
-                found[id(worker)] = worker
-        return list(found.values())
+        # not for ever: a signal sets `stopped` without ending the wait, and workers become overdue
+        ready = {handles[handle] for handle in wait(list(handles), LOOK_SECONDS)}
+        return [w for w in self.workers if w in ready or self._is_overdue(w)]
+
+    def _is_overdue(self, worker: _Worker) -> bool:
+        waited = time.monotonic() - worker.since
+        return self.timeout is not None and worker.job is not None and waited > self.timeout
 
     def _attend(self, worker: _Worker) -> tuple[Job, Result | Lost] | None:
         try:
@@ -176,8 +167,7 @@ class _Pool(Generic[Job, Result]):
             if message.error is not None:
                 raise message.error
             return job, message.value
-        overdue = self.timeout is not None and time.monotonic() - worker.since > self.timeout
-        if not gone and not overdue:
+        if not gone and not self._is_overdue(worker):
             return None
         return self._lose(worker, gone)
 
@@ -214,10 +204,7 @@ def _ending(code: int | None) -> str:
 
 def _serve(pipe: Connection, function: bytes, parent: int) -> None:
     """The life of a worker: answer jobs until the pipe closes."""
-    # The parent decides when to stop; a scheduler or Ctrl-C signals the whole group.
-    for name in OURS_TO_HEED:
-        signal.signal(name, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, OURS_TO_HEED)
+    be_deaf()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before that
