@@ -1,0 +1,58 @@
+"""A live line in a terminal, and a plain one now and then elsewhere."""
+
+import time
+from contextlib import AbstractContextManager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+
+PLAIN_SECONDS = 10.0  # between lines where there is no terminal
+
+
+class LiveLine(AbstractContextManager):
+    """A bar with numbers beside it, for a count of `what`; `columns` follow the numbers."""
+
+    def __init__(
+        self,
+        console: Console,
+        what: str,
+        *columns: ProgressColumn,
+        total: int | None = None,
+        done: int = 0,
+        transient: bool = False,
+    ):
+        self.console, self.bar, self.last = console, None, 0.0
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn(what),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[numbers]}"),
+                *columns,
+                console=console,
+                transient=transient,
+            )
+            self.task = self.bar.add_task("", total=total, completed=done, numbers="")
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar:
+            self.bar.stop()
+
+    def update(
+        self, done: int, total: int, numbers: str, plain: str, *, last: bool = False
+    ) -> None:
+        """Show `numbers` in the bar; without a terminal print `plain` if it is time, or `last`."""
+        if self.bar:
+            self.bar.update(self.task, completed=done, total=total, numbers=numbers)
+        elif last or time.monotonic() - self.last >= PLAIN_SECONDS:
+            self.last = time.monotonic()
+            self.say(plain)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
