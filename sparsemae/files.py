@@ -45,22 +45,15 @@ def write_atomically(path: Path, data: bytes, *, sync_name: bool = True) -> None
     Safe from several processes at once. The name lasts once its folder is synced, which may be left
     to the caller. OSError if it cannot be written; what was written until then is removed.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
-    try:
-        write_synced(temporary, data)
+    with _temporary(path, data) as temporary:
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     if sync_name:
         sync_folder(path.parent)
 
 
 def write_once(path: Path, data: bytes) -> None:
     """As `write_atomically`, but a file that is there already stays: of several the first wins."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
-    try:
-        write_synced(temporary, data)
+    with _temporary(path, data) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -68,9 +61,18 @@ def write_once(path: Path, data: bytes) -> None:
         except OSError:  # a file system without hard links
             if not path.exists():
                 os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, data: bytes) -> Iterator[Path]:
+    """`data` on disk under a name beside `path` that no other process uses; gone at the end."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        write_synced(temporary, data)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,10 @@ PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
 
 class LiveLine(AbstractContextManager):
-    """A bar with numbers beside it, for a count of `what`; `columns` follow the numbers."""
+    """A bar with numbers beside it, for a count of `what`; `columns` follow the numbers.
+
+    The bar goes at the end if `transient`. The first plain line comes `at_once`, or after a while.
+    """
 
     def __init__(
         self,
@@ -20,8 +23,10 @@ class LiveLine(AbstractContextManager):
         total: int | None = None,
         done: int = 0,
         transient: bool = False,
+        at_once: bool = True,
     ):
-        self.console, self.bar, self.last = console, None, 0.0
+        self.console, self.bar = console, None
+        self.last = time.monotonic() - PLAIN_SECONDS * at_once  # when a plain line was printed
         if console.is_terminal:
             self.bar = Progress(
                 TextColumn(what),

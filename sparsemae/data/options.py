@@ -6,6 +6,8 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 
 from sparsemae.config import Strict
 
+MAX_VOXELS = 2**29  # 2 GiB of float32
+
 
 def _spacing(value: Any) -> Any:
     """One number of mm stands for three; JSON and TOML give lists."""
@@ -41,5 +43,5 @@ class PreprocessConfig(Strict):
     window: Annotated[tuple[float, float], BeforeValidator(_pair)] = (-1000.0, 1000.0)  # HU, of ct
     dtype: Literal["float16", "float32"] = "float16"  # of the stored voxels
     frame: NonNegativeInt | None = None  # of a file with several; None refuses those
-    max_voxels: int = Field(2**29, ge=1)  # of a volume, as read and as stored; 2 GiB of float32
+    max_voxels: int = Field(MAX_VOXELS, ge=1)  # of a volume, as read and as stored
     filter: FilterConfig | None = None

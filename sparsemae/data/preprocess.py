@@ -129,7 +129,7 @@ def preprocess(
     """
     config, path = config or PreprocessConfig(), Path(store)
     rules = Rules(max_failures, validation, seed)
-    _check_options(workers, timeout, shard, merge, dask)
+    _check_options(workers, timeout, shard)
     _check_together(shard, merge, dask, timeout, verify=verify, overwrite=overwrite)
     found = find_sources(sources, layout=layout)
     _refuse_overlap(sources, path)
@@ -175,19 +175,18 @@ def _plan(
 ) -> tuple[list[Job], Progress]:
     """What is left to do, `again` what may pass now too, and the count of what is done."""
     files, jobs, progress = stored_files(ledger.path), [], Progress(len(part))
+    store = ledger.path.resolve()
     for source in part:
-        entry = ledger.entries.get(source.id)
-        job = Job(_absolute(source), stamps[source.id], ledger.path.resolve(), ledger.config)
-        if entry is None or (entry.retried and again):
-            jobs.append(job)
-        elif (outcome := entry.outcome).case is None:
-            progress.count(outcome, kept=True)
-        elif not is_whole(outcome.case, files):
-            jobs.append(job)
-        elif verify:
-            jobs.append(replace(job, known=outcome.case, warnings=outcome.warnings))
+        entry, known = ledger.entries.get(source.id), None
+        if entry is not None and not (entry.retried and again):
+            known = entry.outcome
+            if known.case is not None and not is_whole(known.case, files):
+                known = None
+        if known is not None and not (verify and known.case is not None):
+            progress.count(known, kept=True)
         else:
-            progress.count(outcome, kept=True)
+            stamp = stamps[source.id]
+            jobs.append(Job(_absolute(source), stamp, store, ledger.config, known))
     return jobs, progress
 
 
@@ -247,9 +246,7 @@ def _refuse_unnamed(ledger: Ledger) -> None:
         )
 
 
-def _check_options(
-    workers: int, timeout: float | None, shard: Shard | None, merge: bool, dask: str | None
-) -> None:
+def _check_options(workers: int, timeout: float | None, shard: Shard | None) -> None:
     if workers < 0:
         raise UserError(f"workers {workers}: give at least 1")
     if timeout is not None and not 0 < timeout < math.inf:

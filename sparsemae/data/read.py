@@ -13,31 +13,23 @@ import nibabel as nib
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Shaped
 
-from sparsemae.data.codes import Findings, Notice, VolumeError, one_line
+from sparsemae.data.codes import Findings, Notice, VolumeError
+from sparsemae.data.options import MAX_VOXELS
 from sparsemae.data.reading.decode import decode, sniff
-from sparsemae.data.reading.geometry import SPACING_RANGE, displacement, voxel_sizes
+from sparsemae.data.reading.geometry import displacement, voxel_sizes
 from sparsemae.data.reading.header import Header
 from sparsemae.data.reading.intensity import check_intensities, read_intensities
 from sparsemae.data.reading.labels import check_labels, read_classes, read_set
 
 __all__ = [
-    "SPACING_RANGE",
-    "SUFFIXES",
-    "Labels",
-    "Volume",
-    "one_line",
-    "read_labels",
-    "read_mask",
-    "read_volume",
-    "sniff",
-    "voxel_sizes",
-]
+    "SUFFIXES", "Labels", "Volume",
+    "read_labels", "read_mask", "read_volume", "sniff", "voxel_sizes",
+]  # fmt: skip
 
 SUFFIXES = (
     *(".nii.gz", ".nii", ".hdr.gz", ".hdr", ".img.gz", ".img"),
     *(".nrrd", ".nhdr", ".mha", ".mhd"),
 )
-MAX_VOXELS = 2**29  # 2 GiB of float32
 MISPLACED = 0.25  # of the smallest voxel size: how far off a label map may lie
 
 

@@ -4,7 +4,7 @@ Air stays one value on the whole way, bit for bit, so it compresses, and padding
 without an edge. Letters: D, H, W voxels as read, d, h, w of the result.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
@@ -30,7 +30,7 @@ class Prepared:
     crop_stop: Triple
     foreground: Bool[np.ndarray, "d h w"]  # the anatomy mask, or what stands out of air's noise
     excluded: Bool[np.ndarray, "d h w"] | None = None  # None if no voxel is
-    warnings: tuple[Notice, ...] = field(default=())
+    warnings: tuple[Notice, ...] = ()
 
 
 def prepare(

@@ -6,7 +6,7 @@ The outcome is plain data, so that it can cross processes and machines and be wr
 import hashlib
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,7 @@ class Job:
     stamp: str  # of the source's files, see `stamp_of`
     store: Path
     config: PreprocessConfig
-    known: Case | None = None  # stored already: kept as it is if its files are whole
-    warnings: tuple["Record", ...] = ()  # of the known case
+    known: "Outcome | None" = None  # stored already: kept as it is if its files are whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ class Outcome:
     stamp: str
     case: Case | None = None
     failure: Record | None = None
-    warnings: tuple[Record, ...] = field(default=())
+    warnings: tuple[Record, ...] = ()
     made: bool = True  # False: it was stored already, and is whole
 
 
@@ -75,8 +74,8 @@ def process(job: Job) -> Outcome:
 
     Trouble with the store, such as a full disk, is not the volume's fault: it is raised.
     """
-    if job.known is not None and verify(job.store, job.known):
-        return Outcome(job.source.id, job.stamp, job.known, warnings=job.warnings, made=False)
+    if job.known is not None and verify(job.store, job.known.case):
+        return replace(job.known, made=False)
     began = time.perf_counter()
     stage = "read"
     try:
@@ -120,7 +119,6 @@ def process(job: Job) -> Outcome:
         source_affine=_rows(volume.affine),
         content=content,
         warnings=tuple(notice.code for notice in notices),
-        split="train",
         **metadata(job.source),
     )
     seconds = time.perf_counter() - began

@@ -180,10 +180,7 @@ def stored_files(path: Path) -> dict[str, int]:
 
 def is_whole(case: Case, files: dict[str, int]) -> bool:
     """Whether the case's files are there, as long as they should be."""
-    mask = case.excluded
-    return files.get(case.file) == case.bytes and (
-        mask is None or files.get(mask.file) == mask.bytes
-    )
+    return all(files.get(file.file) == file.bytes for file in case.files)
 
 
 def write_records(path: Path, name: str, records: Iterable[Record]) -> None:

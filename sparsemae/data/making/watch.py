@@ -17,8 +17,8 @@ class PreprocessProgress(AbstractContextManager):
     """Shows counts, volumes per minute and the time left; `update` is `preprocess`'s on_outcome."""
 
     def __init__(self, console: Console):
-        self.line, self.shown = LiveLine(console, "volumes", transient=True), 0
-        self.started = self.line.last = time.monotonic()
+        self.line = LiveLine(console, "volumes", transient=True, at_once=False)
+        self.shown, self.started = 0, time.monotonic()
 
     def __enter__(self):
         self.line.__enter__()

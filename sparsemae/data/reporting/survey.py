@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from sparsemae.data.making.case import Record
 from sparsemae.data.making.ledger import FAILURES, WARNINGS, read_records
 from sparsemae.data.options import PreprocessConfig
+from sparsemae.data.reading.geometry import voxel_sizes
 from sparsemae.data.reporting.contact import View
 from sparsemae.data.store import Case, Store
 
@@ -63,7 +64,7 @@ def survey(store: Store) -> Survey:
     kinds: dict[tuple[str, str], Counter[str]] = {}
     subjects, excluded = set(), 0
     for case in store.cases:
-        mm = np.linalg.norm(np.array(case.source_affine)[:3, :3], axis=0)
+        mm = np.array(voxel_sizes(case.source_affine))
         spacing.append(mm)
         extent.append(mm * case.source_shape)
         shape.append(case.shape)

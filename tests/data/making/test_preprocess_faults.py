@@ -1,5 +1,6 @@
 """A run that is killed, preempted or out of disk: run again, it ends with the undisturbed store."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -40,8 +41,8 @@ def until(condition, process, seconds=60):
 def children(pid):
     found = []
     for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/children") as file:
-            found += map(int, file.read().split())
+        with contextlib.suppress(FileNotFoundError):  # a thread that has ended meanwhile
+            found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
     return found
 
 
