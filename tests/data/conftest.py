@@ -1,8 +1,10 @@
 """Folders of volumes for the tests of preprocessing, and the command run as a person runs it."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +14,20 @@ from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.store import Case, Store, write_image, write_index, write_mask
 
 AFFINE = np.diag([1.5, 1.5, 1.5, 1])
+
+
+@pytest.fixture
+def body():
+    return _body
+
+
+def _body(shape=(40, 36, 32), air=0.0, seed=0, inside=slice(9, -8)):
+    """A block of tissue of about 40 +- 15 in air."""
+    rng = np.random.default_rng(seed)
+    array = np.full(shape, air, np.float32)
+    tissue = rng.standard_normal(array[inside, inside, inside].shape) * 15 + 40
+    array[inside, inside, inside] = tissue
+    return array
 
 
 @pytest.fixture
@@ -116,3 +132,17 @@ def make_store(make_case):
         return Store.open(folder)
 
     return make
+
+
+@pytest.fixture
+def children():
+    return _children
+
+
+def _children(pid):
+    """Processes that a process, or a thread of it, has started and not waited for."""
+    found = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError):  # a thread that has ended meanwhile
+            found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+    return found

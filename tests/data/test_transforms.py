@@ -23,20 +23,13 @@ def volume(array, affine=None):
     return Volume(np.asarray(array, np.float32), affine, voxel_sizes(affine), Path("some.nii"))
 
 
-def body(shape=(40, 36, 32), air=0.0, seed=0, inside=slice(9, -8)):
-    """A block of tissue of about 40 +- 15 in air."""
-    rng = np.random.default_rng(seed)
-    array = np.full(shape, air, np.float32)
-    tissue = rng.standard_normal(array[inside, inside, inside].shape) * 15 + 40
-    array[inside, inside, inside] = tissue
-    return array
-
-
 @pytest.mark.parametrize("normalization", ["zscore", "percentile", "ct"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("air", [0.0, -1024.3, -1.3])
 @pytest.mark.parametrize("spacing", [None, (1.0, 1.0, 1.0)])
-def test_air_is_one_stored_value_and_raw_intensities_come_back(normalization, dtype, air, spacing):
+def test_air_is_one_stored_value_and_raw_intensities_come_back(
+    body, normalization, dtype, air, spacing
+):
     array = body(air=air, shape=(64, 60, 56), inside=slice(20, -19))
     array[0, 0, 0] = 41  # no crop: there is air to look at
     array[-1, -1, -1] = 42
@@ -63,7 +56,7 @@ def test_air_is_one_stored_value_and_raw_intensities_come_back(normalization, dt
         np.testing.assert_allclose(back, expected, atol=tolerance * np.abs(expected).max() + 0.02)
 
 
-def test_zscore_of_the_foreground():
+def test_zscore_of_the_foreground(body):
     array = body()
     ready = prepare(volume(array), KEEP)
     inside = array != 0
@@ -75,7 +68,7 @@ def test_zscore_of_the_foreground():
     assert ready.warnings == ()
 
 
-def test_crop_and_resampling_keep_the_place_in_the_world():
+def test_crop_and_resampling_keep_the_place_in_the_world(body):
     array = body(shape=(60, 50, 40))
     ready = prepare(volume(array, OBLIQUE), PreprocessConfig(spacing=(1.0, 1.2, 2.0)))
     assert voxel_sizes(ready.affine) == pytest.approx((1.0, 1.2, 2.0))
@@ -85,7 +78,7 @@ def test_crop_and_resampling_keep_the_place_in_the_world():
     np.testing.assert_allclose(found, expected, atol=1e-9)
 
 
-def test_masks_follow_the_image_and_do_not_move_the_crop():
+def test_masks_follow_the_image_and_do_not_move_the_crop(body):
     array = body(shape=(60, 50, 40))
     excluded = np.zeros(array.shape, bool)
     excluded[:30, :20] = True  # half of it in air that is cut off
@@ -106,7 +99,7 @@ def test_masks_follow_the_image_and_do_not_move_the_crop():
         assert (mask.dtype, mask.shape) == (bool, ready.array.shape)
 
 
-def test_foreground_is_what_stands_out_of_noise():
+def test_foreground_is_what_stands_out_of_noise(body):
     array = body(air=-1000, shape=(60, 50, 40))
     tissue = array != -1000
     array[~tissue] = np.random.default_rng(1).normal(-1000, 15, (~tissue).sum())
@@ -115,7 +108,7 @@ def test_foreground_is_what_stands_out_of_noise():
     assert (ready.foreground == resample_mask(tissue, grid)).mean() > 0.99
 
 
-def test_masks_that_say_nothing():
+def test_masks_that_say_nothing(body):
     array = body()
     outside = np.zeros(array.shape, bool)
     outside[:3] = True  # excluded voxels that the crop removes
@@ -125,7 +118,7 @@ def test_masks_that_say_nothing():
     assert [notice.code for notice in ready.warnings] == ["labels.empty"]
 
 
-def test_absurd_voxels_are_clipped_with_a_warning():
+def test_absurd_voxels_are_clipped_with_a_warning(body):
     array = body()
     plain = prepare(volume(array), KEEP)
     spiked = array.copy()
@@ -142,14 +135,14 @@ def test_absurd_voxels_are_clipped_with_a_warning():
     assert (ready.mean, ready.std) == pytest.approx((plain.mean, plain.std), rel=1e-2)
 
 
-def test_a_window_of_hounsfield_units_on_something_else_is_a_warning():
+def test_a_window_of_hounsfield_units_on_something_else_is_a_warning(body):
     config = PreprocessConfig(normalization="ct")
     assert prepare(volume(body(air=-1000)), config).warnings == ()
     codes = [notice.code for notice in prepare(volume(body().clip(0)), config).warnings]
     assert codes == ["intensity.not_hounsfield"]
 
 
-def test_refusals_name_file_and_remedy():
+def test_refusals_name_file_and_remedy(body):
     with pytest.raises(VolumeError, match=r"some.nii: .*remove the file") as error:
         prepare(volume((body() != 0).astype(np.float32)), KEEP)
     assert error.value.code == "intensity.flat"
@@ -165,7 +158,7 @@ def test_refusals_name_file_and_remedy():
     assert prepare(volume(body()), exact).array.shape == (46, 19, 15)
 
 
-def test_the_volume_is_not_changed_and_memory_is_bounded():
+def test_the_volume_is_not_changed_and_memory_is_bounded(body):
     array = body(shape=(130, 120, 110), inside=slice(2, -2))
     array.flags.writeable = False
     for spacing in (None, (0.9, 0.9, 0.9), (1.5, 0.7, 1.0)):

@@ -1,6 +1,5 @@
 """A run that is killed, preempted or out of disk: run again, it ends with the undisturbed store."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -38,14 +37,6 @@ def until(condition, process, seconds=60):
         time.sleep(0.002)
 
 
-def children(pid):
-    found = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with contextlib.suppress(FileNotFoundError):  # a thread that has ended meanwhile
-            found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
-    return found
-
-
 def finish(sparsemae, *words, code=0):
     done = sparsemae("preprocess", *words)
     printed = done.communicate(timeout=120)[0]
@@ -76,7 +67,7 @@ def test_kill_9_of_the_run_at_several_moments(undisturbed, contents, tmp_path, s
 
 
 @pytest.mark.slow
-def test_kill_9_of_workers_loses_nothing(undisturbed, contents, tmp_path, sparsemae):
+def test_kill_9_of_workers_loses_nothing(undisturbed, contents, tmp_path, sparsemae, children):
     folder, expected = undisturbed
     store = tmp_path / "store"
     run = sparsemae("preprocess", folder, "-o", store, "--workers", 2)
@@ -252,7 +243,7 @@ def test_a_store_that_is_half_remade_is_no_store(undisturbed, save_volume, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_stopped_while_workers_start(undisturbed, contents, tmp_path, sparsemae, name):
+def test_stopped_while_workers_start(undisturbed, contents, tmp_path, sparsemae, children, name):
     folder, expected = undisturbed
     store, words = tmp_path / "store", (folder, "-o", tmp_path / "store", "--workers", 4)
     run = sparsemae("preprocess", *words)

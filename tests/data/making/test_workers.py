@@ -50,6 +50,17 @@ def run(job):
 
 
 @pytest.fixture
+def working(children):
+    """Living processes that this one started, but multiprocessing's own resource tracker."""
+
+    def find():
+        found = filter(_alive, children(os.getpid()))
+        return {pid for pid in found if "resource_tracker" not in _command(pid)}
+
+    return find
+
+
+@pytest.fixture
 def run(tmp_path, monkeypatch):
     """A function that the processes can import, from a module of its own."""
     (tmp_path / "sparsemae_jobs.py").write_text(JOBS)
@@ -112,20 +123,20 @@ def test_workers_outlive_what_a_scheduler_sends_to_the_group(run, name):
     assert list(run_jobs(run, [job], 1)) == [(job, "ignored")]
 
 
-def test_an_exception_ends_the_run_and_no_process_is_left(run):
+def test_an_exception_ends_the_run_and_no_process_is_left(run, working):
     with pytest.raises(OSError, match="No space left") as caught:
         list(run_jobs(run, [("full", 0), ("hang", 0), ("hang", 1)], 2))
     assert caught.value.errno == 28
-    assert _children() == set()
+    assert working() == set()
     with pytest.raises(RuntimeError, match="Local: cannot be pickled"):
         list(run_jobs(run, [("odd", 0)], 1))
 
 
-def test_a_left_iterator_leaves_no_process(run):
+def test_a_left_iterator_leaves_no_process(run, working):
     results = run_jobs(run, [*squares(4), ("hang", 0), ("hang", 1)], 2)
     next(results)
     results.close()
-    assert _children() == set()
+    assert working() == set()
 
 
 def test_stopping_finishes_what_was_begun(run):
@@ -138,11 +149,11 @@ def test_stopping_finishes_what_was_begun(run):
     assert all(result == job[1] ** 2 for job, result in done)
 
 
-def test_an_idle_worker_may_be_killed(run):
+def test_an_idle_worker_may_be_killed(run, working):
     """As the kernel does when memory is short: nothing is lost, nothing waits for ever."""
     results = run_jobs(run, [*squares(2), *squares(30)], 2)
     found = [next(results)]
-    for pid in _children():
+    for pid in working():
         os.kill(pid, signal.SIGKILL)
     found += results
     assert sorted(r for _, r in found) == sorted([0, 1, *(i * i for i in range(30))])
@@ -180,15 +191,6 @@ def _alive(pid: int) -> bool:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def _children() -> set[int]:
-    """Living processes that this one started, but multiprocessing's own resource tracker."""
-    found = set()
-    for thread in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{thread}/children") as file:
-            found |= {int(pid) for pid in file.read().split()}
-    return {pid for pid in found if _alive(pid) and "resource_tracker" not in _command(pid)}
 
 
 def _command(pid: int) -> str:

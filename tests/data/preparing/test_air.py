@@ -11,21 +11,12 @@ def value_of(array):
     return find_air(array).value
 
 
-def body(shape=(40, 36, 32), air=0.0, seed=0, inside=slice(9, -8)):
-    """A block of tissue of about 40 +- 15 in air."""
-    rng = np.random.default_rng(seed)
-    array = np.full(shape, air, np.float32)
-    tissue = rng.standard_normal(array[inside, inside, inside].shape) * 15 + 40
-    array[inside, inside, inside] = tissue
-    return array
-
-
-def test_air_is_0_where_nothing_is_negative():
+def test_air_is_0_where_nothing_is_negative(body):
     assert value_of(body().clip(0)) == 0
     assert value_of(body(air=7.0).clip(3)) == 0
 
 
-def test_air_of_ct_and_of_a_normalised_image():
+def test_air_of_ct_and_of_a_normalised_image(body):
     rng = np.random.default_rng(0)
     assert value_of(body(air=-1024)) == -1024
     assert value_of(body(air=-1.25)) == -1.25
@@ -41,7 +32,7 @@ def test_air_of_ct_and_of_a_normalised_image():
     assert value_of(ringing) == 0
 
 
-def test_air_where_the_faces_cut_through_tissue():
+def test_air_where_the_faces_cut_through_tissue(body):
     """Padding is dark even there, never water or fat."""
     chest = body((30, 30, 30), inside=slice(0, None))
     chest[8:22, 8:22, 8:22] = -850
@@ -65,7 +56,7 @@ def test_crop_is_the_smallest_box():
 
 
 @pytest.mark.parametrize(("air", "noise"), [(-1000, 12.0), (0, 3.0)])
-def test_noise_is_no_foreground(air, noise):
+def test_noise_is_no_foreground(body, air, noise):
     """As in the CT and the MR image that a scanner gives, where hardly a voxel is exactly air."""
     array = body(air=air, shape=(60, 50, 40))
     tissue = array != air
@@ -78,7 +69,7 @@ def test_noise_is_no_foreground(air, noise):
     assert find_air(array).crop(array) == ((0, 0, 0), array.shape)
 
 
-def test_noise_reaches_over_three_deviations_but_not_into_tissue():
+def test_noise_reaches_over_three_deviations_but_not_into_tissue(body):
     array = body(air=-1000, shape=(60, 50, 40))
     outside = array == -1000
     rng = np.random.default_rng(1)
@@ -87,13 +78,13 @@ def test_noise_reaches_over_three_deviations_but_not_into_tissue():
         assert find_air(array).noise == pytest.approx(reach, rel=0.05)
 
 
-def test_without_noise_whatever_is_not_air_is_foreground():
+def test_without_noise_whatever_is_not_air_is_foreground(body):
     array = body(air=-1.25)
     array[20, 20, 20], array[20, 20, 21] = -1.2501, -1.2499
     np.testing.assert_array_equal(find_air(array).foreground(array), array != -1.25)
 
 
-def test_tissue_on_the_faces_is_not_noise():
+def test_tissue_on_the_faces_is_not_noise(body):
     array = body((30, 30, 30), inside=slice(0, None)) + 200
     assert find_air(array) == Air(0.0)
     assert find_air(array).foreground(array).all()
