@@ -31,6 +31,17 @@ def _three(value: Any) -> Any:
     return tuple(value)
 
 
+def floats(value: Any) -> Any:
+    """Numbers in a list, as JSON and TOML have them, as a tuple; anything else as it is."""
+    numbers = isinstance(value, list | tuple) and all(map(is_number, value))
+    return tuple(map(float, value)) if numbers else value
+
+
+def is_number(value: Any) -> bool:
+    """Also a whole one, but neither True nor text that looks like one."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 Size = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_three)]
 """Voxels per axis; one number stands for all three."""
 

@@ -221,6 +221,7 @@ BAD = {  # words of a command; what its one line must say: the place, and the re
     "normalization": ((*PREPROCESS, "--normalization", "minmax"), "normalization", "'percentile'"),
     "stored type": ((*PREPROCESS, "--dtype", "int8"), "dtype", "'float32'"),
     "unknown rule": ((*PREPROCESS, "--set", "filter.fov=9"), "filter.fov", "field_of_view"),
+    "text for a number": ((*PREPROCESS, "--set", 'spacing=["1", "2", "3"]'), "spacing", "tuple"),
     "layout": ((*PREPROCESS, "--layout", "bid"), "--layout bid", "did you mean bids?"),
     "shard word": ((*PREPROCESS, "--shard", "first"), "--shard first", "such as 0/8"),
     "shard of none": ((*PREPROCESS, "--shard", "8/8"), "--shard 8/8", "from 0 to 7"),

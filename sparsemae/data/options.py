@@ -4,20 +4,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from sparsemae.config import Strict
+from sparsemae.config import Strict, floats, is_number
 
 MAX_VOXELS = 2**29  # 2 GiB of float32
 
 
 def _spacing(value: Any) -> Any:
-    """One number of mm stands for three; JSON and TOML give lists."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return (float(value),) * 3
-    return tuple(map(float, value)) if isinstance(value, list | tuple) else value
+    """One number of mm stands for three."""
+    return floats([value] * 3 if is_number(value) else value)
 
 
 def _pair(value: Any) -> Any:
-    value = tuple(map(float, value)) if isinstance(value, list | tuple) else value
+    value = floats(value)
     if isinstance(value, tuple) and (len(value) != 2 or not value[0] < value[1]):
         raise ValueError("give two numbers, the lower one first")
     return value

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64, Int
 from pydantic import BeforeValidator, Field
 
-from sparsemae.config import Strict
+from sparsemae.config import Strict, floats
 
 Triple = tuple[int, int, int]
 
@@ -21,12 +21,10 @@ _SLACK = 1e-3
 
 def _range(value: Any) -> Any:
     """Two numbers above 0 in rising order, as a pair."""
-    numbers = isinstance(value, list | tuple) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) for v in value
-    )
-    if not numbers or len(value) != 2 or not 0 < value[0] <= value[1] < math.inf:
-        raise ValueError("give two numbers above 0, the smaller first")
-    return tuple(map(float, value))
+    match floats(value):
+        case (float(low), float(high)) if 0 < low <= high < math.inf:
+            return low, high
+    raise ValueError("give two numbers above 0, the smaller first")
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]

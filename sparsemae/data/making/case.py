@@ -3,6 +3,7 @@
 The outcome is plain data, so that it can cross processes and machines and be written as one line.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -13,22 +14,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
-from sparsemae.data.codes import Notice, VolumeError, one_line
+from sparsemae.data.codes import Findings, Notice, VolumeError, one_line
 from sparsemae.data.finding.scan import split_suffix
 from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.preparing.quality import assess
 from sparsemae.data.read import read_mask, read_volume
+from sparsemae.data.reading.container import other_half
 from sparsemae.data.reading.geometry import voxel_sizes
 from sparsemae.data.sources import Source
 from sparsemae.data.store import Case, encode_blocks, verify, write_image, write_mask
 from sparsemae.data.transforms import prepare
 from sparsemae.errors import UserError
 
-HALVES = (  # of volumes in two files
-    (".hdr", ".img", ".hdr.gz", ".img.gz"),
-    (".mhd", ".raw", ".zraw"),
-    (".nhdr", ".raw", ".raw.gz"),
-)
+DETACHED = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz")}  # voxels, as usually named
 
 
 @dataclass(frozen=True)
@@ -179,15 +177,19 @@ def content_of(array: Float32[np.ndarray, "D H W"]) -> str:
 
 
 def _files(source: Source) -> list[Path]:
-    """The source's files, with the other half of a pair, as the usual writers name it."""
+    """The source's files, with those that hold the voxels of a header, or the header of voxels."""
     named = [p for p in (source.path, source.excluded, source.anatomy) if p is not None]
-    found = list(named)
-    for path in named:
-        stem, suffix = split_suffix(path.name)
-        halves = next((group for group in HALVES if suffix in group), ())
-        beside = [path.with_name(stem + half) for half in halves if half != suffix]
-        found += [other for other in beside if other.is_file()]
-    return found
+    return named + [other for path in named for other in _other_files(path)]
+
+
+def _other_files(path: Path) -> list[Path]:
+    stem, suffix = split_suffix(path.name)
+    match suffix.removesuffix(".gz"):
+        case ".hdr" | ".img" as half:
+            with contextlib.suppress(VolumeError):  # there is none
+                return [other_half(Findings(path), ".img" if half == ".hdr" else ".hdr")]
+    beside = [path.with_name(stem + ending) for ending in DETACHED.get(suffix, ())]
+    return [other for other in beside if other.is_file()]
 
 
 def _stamp(path: Path) -> str:

@@ -95,24 +95,15 @@ class _Tasks:
         self._submit(queue, ahead)
         while self.running:
             for future in self._finished():
-                try:
-                    answer = future.exception(POLL_SECONDS) or future.result(POLL_SECONDS)
-                except TimeoutError:
-                    continue  # lost with its worker just now, and done again
-                except self._gone as error:
-                    raise self._lost(error) from None
-                if isinstance(answer, self._gone[0]):
-                    raise self._lost(answer)
+                with _reachable():
+                    try:
+                        answer = future.exception(POLL_SECONDS) or future.result(POLL_SECONDS)
+                    except TimeoutError:
+                        continue  # lost with its worker just now, and done again
                 job, since = self.running.pop(future)
                 future.release()
                 yield job, time.monotonic() - since, answer
                 self._submit(queue, 1)
-
-    @property
-    def _gone(self) -> tuple[type[BaseException], ...]:
-        from distributed import CancelledError
-
-        return CancelledError, OSError  # a job's own OSError is returned, not raised
 
     def _submit(self, queue: Iterator[Job], count: int) -> None:
         for job in islice(queue, 0 if self.stopped() else count):
@@ -120,28 +111,34 @@ class _Tasks:
             self.running[future] = job, time.monotonic()
 
     def _finished(self) -> list["Future"]:
+        """Some; none when it is time to look again."""
         from distributed import wait
 
-        try:
-            while True:
-                try:
-                    return list(wait(list(self.running), POLL_SECONDS, "FIRST_COMPLETED").done)
-                except TimeoutError:
-                    self._require_worker()
-        except self._gone as error:
-            raise self._lost(error) from None
+        with _reachable():
+            try:
+                return list(wait(list(self.running), POLL_SECONDS, "FIRST_COMPLETED").done)
+            except TimeoutError:
+                workers = self.client.nthreads()
+        now = time.monotonic()
+        self.deserted = None if workers else self.deserted or now
+        if self.deserted and now - self.deserted > DESERTED_SECONDS:
+            raise _gone("no worker is left")
+        return []
 
-    def _require_worker(self) -> None:
-        if self.client.nthreads():
-            self.deserted = None
-        elif self.deserted is None:
-            self.deserted = time.monotonic()
-        elif time.monotonic() - self.deserted > DESERTED_SECONDS:
-            raise ConnectionError("no worker is left")
 
-    def _lost(self, error: BaseException) -> ConnectionError:
-        what = f"{error}" if type(error) is ConnectionError else "the scheduler has gone"
-        return ConnectionError(f"--dask: {what}; what is done is kept, the same command goes on")
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    """Around calls of the scheduler. What a job raised is returned by them, not raised."""
+    from distributed import CancelledError
+
+    try:
+        yield
+    except (CancelledError, OSError):
+        raise _gone("the scheduler has gone") from None
+
+
+def _gone(what: str) -> ConnectionError:
+    return ConnectionError(f"--dask: {what}; what is done is kept, the same command goes on")
 
 
 def _check_workers(client: "Client", folder: Path) -> None:
