@@ -4,12 +4,16 @@ Letters: B batch, Gd/Gh/Gw blocks (cells) per axis, N visible blocks in the batc
 neighbours in the order of a 3x3x3 kernel's taps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""CPU generators: one for a whole batch, or one for each sample; the global one if None."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +64,14 @@ class BlockMask:
         grid: tuple[int, int, int],
         mask_ratio: float,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> "BlockMask":
         """Hide the same number of blocks, `mask_ratio` of them, in every sample of the batch.
 
         Args:
             grid: Blocks per axis.
             mask_ratio: Fraction hidden, in [0, 1]; rounded to whole blocks.
-            generator: A CPU generator; the global one if None.
+            generator: With one for each sample, a sample's mask does not depend on the others.
         """
         if not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio must lie in [0, 1], got {mask_ratio}")
@@ -80,7 +84,7 @@ class BlockMask:
         """The mask that shows exactly what this one hides."""
         return BlockMask.from_visible(~self.visible)
 
-    def sample(self, fraction: float, *, generator: torch.Generator | None = None) -> "BlockMask":
+    def sample(self, fraction: float, *, generator: Generators = None) -> "BlockMask":
         """A random `fraction` in (0, 1] of each sample's visible blocks, at least one."""
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
@@ -151,8 +155,15 @@ class BlockMask:
         return self.coords.shape[0]
 
 
-def _keep_random(candidates: Tensor, keep: list[int], generator) -> Tensor:
+def _keep_random(candidates: Tensor, keep: list[int], generator: Generators) -> Tensor:
     """Switch off all but `keep[i]` randomly chosen True entries of sample i."""
-    noise = torch.rand(candidates.shape, generator=generator).masked_fill_(~candidates, 2.0)
+    shape = candidates.shape
+    if isinstance(generator, Sequence):
+        if len(generator) != len(keep):
+            raise ValueError(f"{len(generator)} generators for {len(keep)} samples")
+        noise = torch.stack([torch.rand(shape[1:], generator=g) for g in generator])
+    else:
+        noise = torch.rand(shape, generator=generator)
+    noise = noise.masked_fill_(~candidates, 2.0)
     ranks = noise.flatten(1).argsort(1).argsort(1)
     return (ranks < torch.tensor(keep)[:, None]).view_as(candidates)

@@ -5,13 +5,14 @@ signal as asked, 130 by Ctrl-C, 1 bug or machine.
 """
 
 import errno
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sparsemae.errors import DivergedError, LoaderError, UserError
+from sparsemae.errors import DivergedError, LoaderError, OutOfMemoryError, RankError, UserError
 
 app = typer.Typer(
     help="Pre-train 3D CNNs on medical volumes by masked autoencoding that skips masked voxels.",
@@ -114,19 +115,27 @@ def pretrain(
         typer.Option(metavar="RECIPE|FILE.toml", help="Configuration; s3d-resenc-l if not given."),
     ] = None,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in RUN.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in RUN, if there is one.")
+    ] = False,
 ) -> None:
-    """Pre-train a masked autoencoder on a store."""
-    from sparsemae.config import load_config
-    from sparsemae.pretrain import PretrainConfig
-    from sparsemae.pretrain import pretrain as train
+    """Pre-train a masked autoencoder on a store; under torchrun, on several GPUs."""
+    from sparsemae.signals import stop_code
 
-    overrides = overrides or []
-    if resume and config is not None:
-        raise UserError(f"--resume takes its configuration from {run}/config.toml: drop --config")
-    loaded = None if resume else load_config(PretrainConfig, config or "s3d-resenc-l", overrides)
-    checkpoint = train(store, run, loaded, overrides=overrides, resume=resume)
-    _say(f"done: {checkpoint}")
+    with stop_code() as stop:  # before what takes its time to import
+        from sparsemae.config import load_config
+        from sparsemae.pretrain import PretrainConfig
+        from sparsemae.pretrain import pretrain as train
+
+        loaded, overrides = None, overrides or []
+        if config is not None or not (resume and (run / "config.toml").exists()):
+            loaded = load_config(PretrainConfig, config or "s3d-resenc-l", overrides)
+        outcome = train(store, run, loaded, overrides=overrides, resume=resume, stop=stop)
+    if outcome.exit_code and _first():
+        _say(f"stopped at step {outcome.step} as asked; --resume goes on from there")
+    elif _first():
+        _say(f"done: {outcome.checkpoint}")
+    raise typer.Exit(outcome.exit_code)
 
 
 @app.command()
@@ -178,9 +187,13 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        _fail(str(error), 2)
-    except (DivergedError, LoaderError) as error:
+        _fail(str(error), 2, everywhere=True)
+    except DivergedError as error:
+        _fail(str(error), 1, everywhere=True)
+    except (LoaderError, OutOfMemoryError) as error:
         _fail(str(error), 1)
+    except RankError:
+        raise SystemExit(1) from None  # said by the rank it happened to
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = (
@@ -189,9 +202,16 @@ def main() -> None:
         _fail(f"{error.filename or ''}: {error.strerror or error}{remedy}".lstrip(": "), 1)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"sparsemae: error: {message}", file=sys.stderr)
+def _fail(message: str, code: int, *, everywhere: bool = False) -> None:
+    """End with one line; what happened on every rank of a run is said by the first alone."""
+    if _first() or not everywhere:
+        print(f"sparsemae: error: {message}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _first() -> bool:
+    """Whether this is the process that speaks for all of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _say(text: str) -> None:

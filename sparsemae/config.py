@@ -15,6 +15,7 @@ import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
 from sparsemae.errors import UserError
+from sparsemae.files import write_atomically
 
 
 class Strict(BaseModel):
@@ -83,8 +84,9 @@ def build_config(kind: type[C], raw: dict[str, Any]) -> C:
 
 
 def dump_config(config: Strict, path: Path) -> None:
-    """Write the resolved configuration as TOML; `load_config` reads it back."""
-    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    """Write the resolved configuration as TOML, whole or not at all; `load_config` reads it."""
+    text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    write_atomically(path, text.encode())
 
 
 def recipes() -> list[str]:

@@ -20,8 +20,9 @@ MADE = re.compile(
     r"(\.[0-9a-f]+\.tmp)?"
     r"|store/\.journal/(config\.json(\.[0-9a-f]+\.tmp)?|whole\.jsonl)"
     r"|store/cases/head_\d+\.b2nd(\.[0-9a-f]+\.tmp)?"
-    r"|run/(config\.toml|metrics\.jsonl)"
-    r"|run/checkpoints/(\.tmp-)?step-\d+/((model|optimizer)\.safetensors|meta\.json)"
+    r"|run/(config\.toml|status\.json|report\.html|preview\.(npz|png))(\.[0-9a-f]+\.tmp)?"
+    r"|run/(metrics|timing)\.jsonl(\.[0-9a-f]+\.tmp)?|run/(history\.jsonl|\.lock)"
+    r"|run/checkpoints/(\.(tmp|del)-)?step-\d+/((model|optimizer)\.safetensors|meta\.json)"
 )
 
 

@@ -12,6 +12,14 @@ class DivergedError(RuntimeError):
     """The loss or its gradient is not finite; the last checkpoint is untouched."""
 
 
+class OutOfMemoryError(RuntimeError):
+    """A step needs more memory than there is; the message names what to change."""
+
+
+class RankError(RuntimeError):
+    """Another rank of the run failed; that one says why."""
+
+
 class LoaderError(RuntimeError):
     """Reading training data failed for no fault of the input: a worker died or hung, or a bug.
 

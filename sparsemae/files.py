@@ -83,6 +83,7 @@ def locked(path: Path, *, shared: bool = False, busy: str) -> Iterator[None]:
     grants it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    _HELD.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -93,4 +94,18 @@ def locked(path: Path, *, shared: bool = False, busy: str) -> Iterator[None]:
                 raise
         yield
     finally:
+        _HELD.discard(descriptor)
         os.close(descriptor)
+
+
+_HELD: set[int] = set()
+
+
+def _let_go() -> None:
+    """A forked worker would keep a lock of its parent's alive beyond the parent's end."""
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -47,7 +47,7 @@ def reconstruct(run: Path, volume: Path, output: Path, *, seed: int = 0) -> Resu
     prepared, config = prepare(source, made), loaded.config
     restored, masked = reconstruct_array(
         *(loaded.mae, prepared.array, prepared.background, config.data.patch_size),
-        mask_ratio=config.mask.ratio,
+        mask_ratio=config.mask.typical,
         seed=seed,
     )
     error = float(np.mean((restored - prepared.array)[masked] ** 2))
@@ -81,8 +81,7 @@ def reconstruct_array(
     original = np.full(size, background, np.float32)
     original[inside] = array
     restored, masked = original.copy(), np.zeros(size, bool)
-    decode, mae.decode = mae.decode, "all" if mae.decode == "all" else "masked"
-    try:
+    with mae.decoding_all_masked():
         for i, corner in enumerate(product(*map(_starts, size, patch_size))):
             box = tuple(slice(c, c + p) for c, p in zip(corner, patch_size, strict=True))
             generator = torch.Generator().manual_seed(seed + i)
@@ -90,8 +89,6 @@ def reconstruct_array(
             patch = torch.from_numpy(original[box])[None, None]
             restored[box] = mae.reconstruct(patch, masks)[0, 0].numpy()
             masked[box] = masks.scored.voxels(mae.block_size)[0, 0].numpy()
-    finally:
-        mae.decode = decode
     return restored[inside], masked[inside]
 
 

@@ -6,12 +6,16 @@ border between features and tokens ("densify"). Source: "Revisiting MAE pre-trai
 image segmentation", arXiv 2410.23132; the decode policies are ours, after CrossMAE (2401.14391).
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sparsemae.errors import UserError
 from sparsemae.kernels import BlockMask, BlockTensor, Conv3d, DenseMasked, set_backend
+from sparsemae.kernels.mask import Generators
 from sparsemae.models.blocks import initialize
 from sparsemae.models.masking import (
     Decode,
@@ -96,9 +100,11 @@ class SparseMAE(nn.Module):
         patch_size: Triple,
         mask_ratio: float,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Masks:
         """Random masks for a batch, on the CPU, the same number of cells in every sample.
+
+        With one generator for each sample, its masks do not depend on the rest of the batch.
 
         Raises:
             UserError: Patch, cell and ratio leave no whole, no visible or no masked cell.
@@ -147,6 +153,15 @@ class SparseMAE(nn.Module):
             skip = densify(skip)
         return BlockTensor.pack(skip, masks.scored) if restricted else skip
 
+    @contextlib.contextmanager
+    def decoding_all_masked(self) -> Iterator[None]:
+        """Within it, a model that decodes a fraction of the masked cells decodes all of them."""
+        decode, self.decode = self.decode, "all" if self.decode == "all" else "masked"
+        try:
+            yield
+        finally:
+            self.decode = decode
+
     @torch.no_grad()
     def reconstruct(
         self, x: Float[Tensor, "B C D H W"], masks: Masks
@@ -167,15 +182,30 @@ def masked_mse(
 
     Zero, with zero gradients, if every scored voxel is excluded.
     """
+    total, weight = masked_error(reconstruction, target, scored, excluded)
+    return total if weight is None else total / weight.clamp(min=1e-12)
+
+
+def masked_error(
+    reconstruction: Float[Tensor, "B C D H W"] | BlockTensor,
+    target: Float[Tensor, "B C D H W"],
+    scored: BlockMask,
+    excluded: Bool[Tensor, "B 1 D H W"] | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
+    """`masked_mse` in two numbers, so that parts of a batch add up to the whole batch's.
+
+    Returns:
+        The squared errors that count, over the number of all scored voxels; and the fraction of
+        these that counts, None for all. Parts of equal size: mean = sum of the one / of the other.
+    """
     predicted = on_cells(reconstruction, scored).features
     exact = torch.promote_types(predicted.dtype, torch.float32)
     difference = predicted.to(exact) - BlockTensor.pack(target, scored).features.to(exact)
     if excluded is None:
-        return difference.square().mean()
-    left_out = BlockTensor.pack(excluded, scored).features
+        return difference.square().mean(), None
+    left_out = BlockTensor.pack(excluded, scored).features  # one channel for all
     # filled, not multiplied: what is excluded may be NaN
-    total = difference.masked_fill(left_out, 0).square().sum()
-    return total / ((~left_out).sum() * difference.shape[-1]).clamp(min=1)
+    return difference.masked_fill(left_out, 0).square().mean(), (~left_out).to(exact).mean()
 
 
 def on_cells(x: Tensor | BlockTensor, cells: BlockMask) -> BlockTensor:

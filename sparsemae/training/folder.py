@@ -1,0 +1,124 @@
+"""The run folder: one process at a time, and what a person or a script finds in it.
+
+`config.toml` (resolved), `status.json`, the logs, `checkpoints/`, `preview.*`, `report.html`.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsemae
+from sparsemae import checkpoint
+from sparsemae.errors import UserError
+from sparsemae.files import TEMPORARY, locked, write_atomically
+from sparsemae.training import logs
+
+CONFIG, STATUS, LOCK, CHECKPOINTS = "config.toml", "status.json", ".lock", "checkpoints"
+
+
+@contextlib.contextmanager
+def claimed(run: Path, *, resume: bool) -> Iterator[None]:
+    """Hold the folder for this process, clean of what a killed one left half-written.
+
+    Raises:
+        UserError: It holds something else, a run that is not to be resumed, or is in use.
+        OSError: It cannot be made or written.
+    """
+    check_free(run, resume=resume)
+    run.mkdir(parents=True, exist_ok=True)
+    with locked(run / LOCK, busy=f"{run}: another process is training in it; wait, or stop it"):
+        check_free(run, resume=resume)
+        checkpoint.clean(run / CHECKPOINTS)
+        for path in run.glob(f"*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
+        yield
+
+
+def check_free(run: Path, *, resume: bool) -> None:
+    """Refuse a folder that holds anything but a run to be resumed."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file: choose another -o")
+    names = {path.name for path in run.iterdir()} if run.exists() else set()
+    if not names - {LOCK} or (resume and CONFIG in names):
+        return
+    if CONFIG in names:
+        raise UserError(
+            f"{run} holds a run already: choose another -o, or --resume to continue that run"
+        )
+    left = {name for name in names - {LOCK} if not name.endswith(TEMPORARY)}
+    if left:  # a process killed before it wrote the configuration leaves only temporary files
+        raise UserError(f"{run} exists already and holds no run: choose another -o")
+
+
+def config_file(run: Path) -> Path:
+    """The configuration of a run; UserError where there is none."""
+    file = run / CONFIG
+    if not file.is_file():
+        raise UserError(f"{run}: no run there (no config.toml); start one with sparsemae pretrain")
+    return file
+
+
+def starts_anew(run: Path) -> bool:
+    """Whether a run has no checkpoint because it never came to its first.
+
+    Raises:
+        UserError: It did: what it had done is lost, and nobody but a person decides to redo it.
+    """
+    if checkpoint.has_checkpoints(run / CHECKPOINTS):
+        return False
+    if logs.has_steps(run):
+        raise UserError(
+            f"{run / CHECKPOINTS}: its checkpoints are gone, but metrics.jsonl has steps: put back "
+            f"a copy, or start a new run in another folder"
+        )
+    return True
+
+
+class Status:
+    """`status.json`, written whole at every change."""
+
+    def __init__(self, run: Path, facts: dict[str, Any]):
+        self._file = run / STATUS
+        now = time.time()
+        self._values = {
+            "state": "running",
+            "step": 0,
+            "checkpoint": None,
+            "best": None,
+            "message": "",
+            "exit_code": None,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": self._before().get("started", now),
+            "versions": versions(),
+            **facts,
+        }
+
+    def update(self, **changes: Any) -> None:
+        self._values |= changes | {"updated": time.time()}
+        write_atomically(self._file, json.dumps(self._values, indent=1).encode())
+
+    def _before(self) -> dict[str, Any]:
+        """Of the process that worked in the folder before; a damaged file says nothing."""
+        with contextlib.suppress(OSError, ValueError):
+            values = json.loads(self._file.read_bytes())
+            if isinstance(values, dict):
+                return values
+        return {}
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    return {
+        "sparsemae": sparsemae.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,52 @@
+"""`[train]`: the configuration of the loop, and what of it cannot be."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from sparsemae.config import Strict
+from sparsemae.errors import UserError
+
+
+class TrainConfig(Strict):
+    """Optimiser, schedule, length and machine of a run."""
+
+    steps: PositiveInt
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat = 1e-2  # the peak
+    schedule: Literal["poly", "cosine", "constant", "sawtooth"] = "poly"  # see schedules.py
+    warmup: NonNegativeInt = 0  # steps in which the learning rate rises to its peak
+    momentum: float = Field(0.99, ge=0, lt=1)  # of sgd (Nesterov)
+    weight_decay: NonNegativeFloat = 3e-5
+    clip_norm: PositiveFloat = 12.0  # of the whole gradient
+    accumulate: PositiveInt = 1  # parts a rank's share of a batch is computed in, one after another
+    ema: float | None = Field(None, gt=0, lt=1)  # decay of averaged weights, kept beside the others
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast; weights stay fp32
+    compile: bool = False  # torch.compile
+    cuda_graphs: bool = False  # refused: see check_train
+    deterministic: bool = False  # bit-exact on CUDA too, slower; on a CPU it always is
+    max_skipped: NonNegativeInt = 3  # steps in a row without a finite gradient, then the run stops
+    save_every: PositiveInt = 1000  # steps between checkpoints, validations and reports
+    keep: int = Field(2, ge=2)  # newest checkpoints kept; one alone may turn out damaged
+    tensorboard: bool = False  # write RUN/tensorboard too
+    device: str = "auto"  # auto: cuda if there is one
+
+
+def check_train(config: TrainConfig) -> None:
+    """Refuse what no single key shows.
+
+    Raises:
+        UserError: Names key and remedy.
+    """
+    if config.cuda_graphs:
+        raise UserError(
+            "train.cuda_graphs: not offered. A graph replays fixed addresses and launches, and "
+            "every step has a mask with tables of its own; train.compile saves launches"
+        )
+    warmups = 2 * config.warmup if config.schedule == "sawtooth" else config.warmup
+    if warmups >= config.steps:
+        twice = ", twice with sawtooth," if config.schedule == "sawtooth" else ""
+        raise UserError(
+            f"train.warmup {config.warmup}{twice} leaves nothing of train.steps {config.steps}: "
+            f"lower it"
+        )

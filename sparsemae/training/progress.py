@@ -1,0 +1,120 @@
+"""What a person sees of a run: a live table in a terminal, a line now and then elsewhere."""
+
+import time
+from contextlib import AbstractContextManager
+from datetime import timedelta
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+from sparsemae.live import PLAIN_SECONDS
+from sparsemae.training.loop import StepRecord
+
+SMOOTHING = 0.9  # of the shown loss and speed
+REFRESHES = 4  # of the table, per second
+
+
+class TrainingProgress(AbstractContextManager):
+    """Shows loss, learning rate, gradient, speed, memory, checkpoint and remaining time."""
+
+    def __init__(self, steps: int, done: int, console: Console):
+        self.steps, self.first, self.console = steps, done, console
+        self.started = time.monotonic()
+        self.printed = self.started - PLAIN_SECONDS  # the first line comes at once
+        self.loss = self.speed = self.wait = self.record = None
+        self.checkpoint = self.val_loss = None
+        self.skipped = self.spikes = 0
+        self.live = None
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TaskProgressColumn(),
+                console=console,
+            )
+            self.task = self.bar.add_task("", total=steps, completed=done)
+            self.live = Live(
+                console=console, refresh_per_second=REFRESHES, get_renderable=self._table
+            )
+
+    def __enter__(self):
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self.live:
+            self.live.stop()
+
+    def update(self, record: StepRecord) -> None:
+        """Take in a step; without a terminal print a line if it is time, or it is the last."""
+        self.record = record
+        if record.skipped:
+            self.skipped += 1
+        else:
+            self.loss = _smooth(self.loss, record.loss)
+        self.spikes += record.spike
+        self.speed = _smooth(self.speed, record.samples / record.seconds)
+        self.wait = _smooth(self.wait, min(1.0, record.wait_seconds / record.seconds))
+        if self.live:
+            self.bar.update(self.task, completed=record.step)
+        elif record.step == self.steps or time.monotonic() - self.printed >= PLAIN_SECONDS:
+            self.printed = time.monotonic()
+            words = "  ".join(f"{name} {value}" for name, value in self._numbers().items())
+            self._say(f"step {record.step}/{self.steps}  {words}")
+
+    def validated(self, step: int, loss: float) -> None:
+        self.val_loss = loss
+        if not self.live:
+            self._say(f"step {step}/{self.steps}  validation loss {loss:.4f}")
+
+    def saved(self, step: int) -> None:
+        self.checkpoint = step
+
+    def _numbers(self) -> dict[str, str]:
+        """What there is to see, named; a line leaves out what a table has room for."""
+        if self.record is None:
+            return {}
+        loss = "not finite" if self.loss is None else f"{self.loss:.4f}"
+        numbers = {"loss": loss}
+        if self.live:
+            numbers |= {"last loss": f"{self.record.loss:.4f}"}
+            if self.val_loss is not None:
+                numbers |= {"validation": f"{self.val_loss:.4f}"}
+        numbers |= {"lr": f"{self.record.lr:.2e}", "grad": f"{self.record.grad_norm:.3g}"}
+        numbers |= {"samples/s": f"{self.speed:.2f}", "data wait": f"{self.wait:.0%}"}
+        if self.record.memory is not None:
+            numbers |= {"GPU memory": f"{self.record.memory / 2**30:.1f} GiB"}
+        if self.skipped:
+            numbers |= {"skipped": str(self.skipped)}
+        if self.spikes and self.live:
+            numbers |= {"spikes": str(self.spikes)}
+        if self.live:
+            saved = "none yet" if self.checkpoint is None else f"step {self.checkpoint}"
+            numbers |= {"checkpoint": saved}
+        return numbers | {"left": str(self._left())}
+
+    def _left(self) -> timedelta:
+        rate = (time.monotonic() - self.started) / max(1, self.record.step - self.first)
+        return timedelta(seconds=round(rate * (self.steps - self.record.step)))
+
+    def _table(self) -> Group:
+        """Names above values, as many side by side as the terminal has room for."""
+        numbers = list(self._numbers().items())
+        columns = max(1, min(len(numbers), self.console.width // 14))
+        table = Table.grid(padding=(0, 3))
+        for start in range(0, len(numbers), columns):
+            row = numbers[start : start + columns]
+            table.add_row(*(f"[dim]{name}[/]" for name, _ in row))
+            table.add_row(*(value for _, value in row))
+        return Group(self.bar, table)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _smooth(old: float | None, new: float) -> float:
+    return new if old is None else SMOOTHING * old + (1 - SMOOTHING) * new

@@ -1,0 +1,126 @@
+"""The processes of a run: one alone, or the ranks that torchrun started.
+
+Started by torchrun, each joins a process group; gloo carries what is on the host, NCCL what is on
+GPUs. Only rank 0 writes, prints and decides; what it finds out is shared, failures too, so that no
+rank waits for one that has ended.
+"""
+
+import contextlib
+import datetime
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparsemae.errors import RankError, UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def many(self) -> bool:
+        return self.world_size > 1
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, the same bits on each; on the device, without waiting for it."""
+        if self.many:
+            dist.all_reduce(values)
+        return values
+
+    def shared(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, on every rank. For small things, on the host.
+
+        Raises:
+            RankError: It raised something on rank 0, where that is raised.
+        """
+        if not self.many:
+            return work()
+        answer: list[Any] = [None, None]
+        if not self.main:
+            dist.broadcast_object_list(answer, 0, device=_HOST)
+            if answer[1] is not None:
+                raise RankError(f"rank 0: {answer[1]}")
+            return answer[0]
+        try:
+            answer[0] = work()
+        except BaseException as error:
+            answer[1] = str(error) or type(error).__name__
+            raise
+        finally:
+            dist.broadcast_object_list(answer, 0, device=_HOST)
+        return answer[0]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model whose backward pass averages gradients over the ranks."""
+        if not self.many:
+            return model
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+_HOST = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def join_ranks(device: str, *, timeout: float = 600.0) -> Iterator[Ranks]:
+    """This process as a rank of torchrun's, or alone.
+
+    Args:
+        device: auto, cpu, cuda, or, alone, cuda:1 and so on.
+        timeout: Seconds that ranks wait for each other before they give up.
+
+    Raises:
+        UserError: No such device here, or fewer GPUs than processes.
+    """
+    if not dist.is_torchelastic_launched():
+        yield Ranks(pick_device(device))
+        return
+    local = dist.get_node_local_rank()
+    chosen = pick_device(device, local)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    # gloo as well where there are GPUs: what is on the host need not visit one
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    yield Ranks(chosen, dist.get_rank(), dist.get_world_size())
+    # not after an error: it might wait for a rank that has ended
+    dist.destroy_process_group()
+
+
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is CUDA where there is one; a rank gets the GPU of its number on the machine.
+
+    Raises:
+        UserError: No such device here.
+    """
+    count = torch.cuda.device_count()
+    here = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in ("auto", *here):
+        raise UserError(f"train.device {name}: not on this machine, choose auto, {', '.join(here)}")
+    kind = ("cuda" if count else "cpu") if name == "auto" else name
+    if local_rank is None or kind == "cpu":
+        return torch.device(kind)
+    if ":" in kind:
+        raise UserError(f"train.device {name}: with several ranks each takes its own: say cuda")
+    if local_rank >= count:
+        raise UserError(
+            f"{local_rank + 1} or more processes on a machine of {count} GPUs: start it with "
+            f"torchrun --nproc-per-node {count}"
+        )
+    return torch.device("cuda", local_rank)
