@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from sparsemae.bench.harness import seconds_in_turn
 from sparsemae.bench.readers import Box, Reader, Stored, sync_files, write_all
@@ -30,9 +31,12 @@ from sparsemae.data.options import PreprocessConfig
 from sparsemae.data.phantom import write_heads
 from sparsemae.data.preprocess import preprocess
 from sparsemae.data.store import Store
-from sparsemae.models.mae import SparseMAE, masked_mse
+from sparsemae.models.mae import SparseMAE, masked_error
 from sparsemae.models.resenc import ResEncUNet
-from sparsemae.training import State, StepRecord, TrainConfig, fit, make_optimizer
+from sparsemae.training.loop import Loss, State, StepRecord, fit
+from sparsemae.training.optimizer import make_optimizer
+from sparsemae.training.options import TrainConfig
+from sparsemae.training.ranks import Ranks
 
 VOLUMES = 44_000  # a published pre-training set of head MR
 SEED = 0
@@ -304,7 +308,7 @@ def wait_row(store: Store, plan: Plan) -> Row:
     torch.manual_seed(SEED)
     patch, device = plan.patches[0], plan.device
     mae = SparseMAE(ResEncUNet.from_preset(plan.preset), CELL).to(device)
-    config = TrainConfig(steps=plan.steps + 1, lr=1e-4)
+    config = TrainConfig(steps=plan.steps + 2, lr=1e-4)
     loader = make_loader(
         *(store, (patch,) * 3, plan.batch),
         seed=SEED,
@@ -313,16 +317,22 @@ def wait_row(store: Store, plan: Plan) -> Row:
         augment=AugmentConfig(),
     )
 
-    def loss_of(batch: dict[str, Any], step: int) -> torch.Tensor:
+    def loss_of(model: nn.Module, batch: dict[str, Any], step: int) -> Loss:
         image, generator = batch["image"], torch.Generator().manual_seed(step)
         masks = mae.draw_masks(len(image), (patch,) * 3, 0.75, generator=generator).to(device)
-        return masked_mse(mae(image, masks), image, masks.scored, batch["excluded"])
+        return Loss(*masked_error(model(image, masks), image, masks.scored, batch["excluded"]))
 
     records: list[StepRecord] = []
     with contextlib.closing(to_device_ahead(loader, device)) as batches:
-        state = State(mae, make_optimizer(mae, config))
-        fit(state, loss_of, batches, config, on_step=records.append, save=lambda state: None)
-    waits, seconds = ([getattr(r, n) for r in records[1:]] for n in ("wait_seconds", "seconds"))
+        state = State(mae, make_optimizer({"all": mae.parameters()}, config))
+        fit(
+            *(state, loss_of, batches, config),
+            ranks=Ranks(torch.device(device)),
+            on_step=records.append,
+            save=lambda state: None,
+        )
+    # the first step warms up, the last has no batch to wait for
+    waits, seconds = ([getattr(r, n) for r in records[1:-1]] for n in ("wait_seconds", "seconds"))
     return (
         {"case": "wait", "preset": plan.preset, "patch": patch, "batch": plan.batch}
         | {"workers": plan.workers, "steps": plan.steps, "step_seconds": statistics.median(seconds)}

@@ -1,6 +1,7 @@
 """Checkpoints: bit-equal round trips, and an older one survives whatever happens to the newest."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -16,11 +17,13 @@ from sparsemae.checkpoint import (
     load_model,
     load_optimizer,
     model_tensors,
-    save_checkpoint,
+    take_snapshot,
+    write_checkpoint,
 )
-from sparsemae.errors import UserError
+from sparsemae.errors import DivergedError, UserError
 from sparsemae.models.resenc import ResEncUNet
-from sparsemae.training import TrainConfig, make_optimizer
+from sparsemae.training.optimizer import make_optimizer
+from sparsemae.training.options import TrainConfig
 
 PLAN = {"features_per_stage": (2, 3), "strides": (1, 2), "n_blocks_per_stage": (1, 1)}
 
@@ -36,11 +39,17 @@ class Toy(nn.Module):
         self.register_buffer("seen", torch.tensor(7))
 
 
+def save_checkpoint(folder, step, model, optimizer, meta, *, keep, best=None, ema=None):
+    """What a run does in two halves, the second beside the training."""
+    snapshot = take_snapshot(step, model, optimizer, meta, ema=ema)
+    return write_checkpoint(folder, snapshot, keep=keep, best=best)
+
+
 def trained(optimizer="sgd", steps=3, model=None, **options):
     """A model and its optimiser after a few steps."""
     model = model or Toy()
     config = TrainConfig(steps=steps, optimizer=optimizer, **options)
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer({"all": model.parameters()}, config)
     for _ in range(steps):
         optimizer.zero_grad()
         model.layer(torch.randn(4, 2)).square().sum().backward()
@@ -82,7 +91,7 @@ def test_round_trip_is_bit_equal_and_training_goes_on_alike(tmp_path, options):
     torch.manual_seed(9)
     twin, twin_optimizer = trained(steps=1, **{**options, "lr": 1e-9})
     load_model(twin, found.model(), found.path)
-    load_optimizer(twin, twin_optimizer, found.optimizer())
+    load_optimizer(twin, twin_optimizer, found.optimizer(), path)
     twin_optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"]
     for _ in range(3):
         for (name, p), (_, q) in zip(
@@ -104,7 +113,7 @@ def test_round_trip_is_bit_equal_and_training_goes_on_alike(tmp_path, options):
 
 def test_aliases_are_stored_once_and_come_back(tmp_path):
     network = ResEncUNet(1, 1, **PLAN)
-    optimizer = make_optimizer(network, TrainConfig(steps=1))
+    optimizer = make_optimizer({"all": network.parameters()}, TrainConfig(steps=1))
     path = save_checkpoint(tmp_path, 1, network, optimizer, {}, keep=2)
     unique = sum(p.numel() * 4 for p in network.parameters())
     header = 8 + 120 * len(list(network.parameters()))
@@ -147,10 +156,10 @@ DAMAGE = {
     "emptied": (lambda p: (p / "model.safetensors").write_bytes(b""), "model.safetensors is"),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "incomplete"),
     "no meta": (lambda p: (p / "meta.json").unlink(), "incomplete"),
-    "meta is half": (lambda p: (p / "meta.json").write_text('{"format": 1, "st'), "meta.json"),
+    "meta is half": (lambda p: (p / "meta.json").write_text('{"format": 2, "st'), "meta.json"),
     "meta is a list": (lambda p: (p / "meta.json").write_text("[1]"), "meta.json is damaged"),
     "meta lists files oddly": (
-        lambda p: (p / "meta.json").write_text('{"format": 1, "files": []}'),
+        lambda p: (p / "meta.json").write_text('{"format": 2, "files": []}'),
         "meta.json is damaged",
     ),
     "meta of another step": (
@@ -161,7 +170,7 @@ DAMAGE = {
     ),
     "meta is binary": (lambda p: (p / "meta.json").write_bytes(b"\xff\x00\x80"), "meta.json is"),
     "meta lists no files": (
-        lambda p: (p / "meta.json").write_text('{"format": 1, "step": 20, "files": {}}'),
+        lambda p: (p / "meta.json").write_text('{"format": 2, "step": 20, "files": {}}'),
         "meta.json is damaged",
     ),
     "from the future": (
@@ -196,7 +205,7 @@ def test_the_one_before_is_used_when_the_newest_is_damaged(tmp_path, damage):
 
 def test_no_checkpoint_at_all_is_refused_with_the_remedy(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match=r"no checkpoint in .* remove its folder and start it"):
+        with pytest.raises(UserError, match=r"no checkpoint in .* start a new run"):
             load_checkpoint(folder)
 
 
@@ -263,3 +272,111 @@ def test_another_network_is_refused_by_the_name_of_a_weight(tmp_path):
             load_model(model, tensors, tmp_path)
         assert str(error.value).startswith(f"{tmp_path}: weight ")
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_what_is_trained_while_a_snapshot_is_written_is_not_in_it(tmp_path):
+    model, optimizer = trained()
+    before = {k: v.clone() for k, v in model_tensors(model).items()}
+    momentum = optimizer.state[model.layer.weight]["momentum_buffer"].clone()
+    snapshot = take_snapshot(3, model, optimizer, {})
+    with torch.no_grad():
+        model.layer.weight.fill_(9)
+        optimizer.state[model.layer.weight]["momentum_buffer"].fill_(9)
+    write_checkpoint(tmp_path, snapshot, keep=2, best=None)
+    found = load_checkpoint(tmp_path)[0]
+    assert all(torch.equal(found.model()[k], v) for k, v in before.items())
+    assert torch.equal(found.optimizer()["layer.weight/momentum_buffer"], momentum)
+
+
+def test_the_same_state_makes_the_same_bytes(tmp_path):
+    model, optimizer = trained()
+    for name in ("a", "b"):
+        save_checkpoint(tmp_path / name, 3, model, optimizer, {"x": 1.5}, keep=2, ema=model)
+    for file in ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "meta.json"):
+        one, other = (tmp_path / name / "step-00000003" / file for name in ("a", "b"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_averaged_weights_are_a_file_of_their_own(tmp_path):
+    model, optimizer = trained()
+    average = Toy()
+    save_checkpoint(tmp_path, 1, model, optimizer, {}, keep=2, ema=average)
+    found = load_checkpoint(tmp_path)[0]
+    assert torch.equal(found.ema()["layer.weight"], average.layer.weight)
+    assert torch.equal(found.model()["layer.weight"], model.layer.weight)
+    save_checkpoint(tmp_path, 2, model, optimizer, {}, keep=2)
+    assert load_checkpoint(tmp_path)[0].ema() is None
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    model, optimizer = trained()
+    kept = []
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2), (6, 6), (7, 6)):
+        save_checkpoint(tmp_path, step, model, optimizer, {}, keep=2, best=best)
+        kept.append([int(p.name[-8:]) for p in sorted(tmp_path.iterdir())])
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7]]
+    assert load_checkpoint(tmp_path, 6)[0].step == 6
+    with pytest.raises(UserError, match="no checkpoint of step 2 in"):
+        load_checkpoint(tmp_path, 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["model", "ema"])
+def test_weights_that_are_not_finite_are_not_written(tmp_path, value, where):
+    save_steps(tmp_path, 10)
+    (model, optimizer), average = trained(), Toy()
+    with torch.no_grad():
+        {"model": model, "ema": average}[where].layer.bias[1] = value
+    words = r"^step 20: weight layer\.bias is not finite, so no checkpoint is written"
+    with pytest.raises(DivergedError, match=words):
+        save_checkpoint(tmp_path, 20, model, optimizer, {}, keep=2, ema=average)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000010"]
+
+
+def test_nor_read_though_their_checksum_is_right(tmp_path):
+    model, optimizer = save_steps(tmp_path, 10)
+    snapshot = take_snapshot(20, model, optimizer, {})
+    snapshot.tensors["model.safetensors"]["layer.bias"][0] = float("nan")
+    write_checkpoint(tmp_path, snapshot, keep=2, best=None)
+    found, [warning] = load_checkpoint(tmp_path)
+    assert found.step == 10
+    assert "weight layer.bias in model.safetensors is not finite; using the" in warning
+
+
+def test_an_older_format_says_so(tmp_path):
+    save_steps(tmp_path, 10)
+    meta = tmp_path / "step-00000010" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 1}))
+    with pytest.raises(UserError, match="format 1 is of an older version of sparsemae"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_file_that_is_not_safetensors_is_named_though_its_checksum_is_right(tmp_path):
+    save_steps(tmp_path, 10)
+    folder = tmp_path / "step-00000010"
+    data = b"\x80\x04cos\nsystem\n."  # a pickle that would call something
+    (folder / "model.safetensors").write_bytes(data)
+    meta = json.loads((folder / "meta.json").read_text())
+    digest = hashlib.sha256(data).hexdigest()
+    meta["files"]["model.safetensors"] = {"size": len(data), "sha256": digest}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_checkpoint(tmp_path)
+
+
+def test_leftovers_of_a_killed_process_are_cleaned_up_and_nothing_else(tmp_path):
+    save_steps(tmp_path, 10)
+    for name in (".tmp-step-00000020", ".del-step-00000005"):
+        shutil.copytree(tmp_path / "step-00000010", tmp_path / name)
+    (tmp_path / "mine.txt").write_text("mine")
+    module.clean(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt", "step-00000010"]
+
+
+def test_an_optimizer_of_another_network_is_refused(tmp_path):
+    save_steps(tmp_path, 1)
+    tensors = load_checkpoint(tmp_path)[0].optimizer()
+    for model in (Toy(width=4), nn.Linear(2, 3)):
+        optimizer = torch.optim.SGD(model.parameters())
+        with pytest.raises(UserError, match=r"optimiser state layer\..* does not fit: another"):
+            load_optimizer(model, optimizer, tensors, tmp_path)

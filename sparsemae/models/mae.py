@@ -183,7 +183,7 @@ def masked_mse(
     Zero, with zero gradients, if every scored voxel is excluded.
     """
     total, weight = masked_error(reconstruction, target, scored, excluded)
-    return total if weight is None else total / weight.clamp(min=1e-12)
+    return total / weight.clamp(min=1e-12)
 
 
 def masked_error(
@@ -191,18 +191,18 @@ def masked_error(
     target: Float[Tensor, "B C D H W"],
     scored: BlockMask,
     excluded: Bool[Tensor, "B 1 D H W"] | None = None,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """`masked_mse` in two numbers, so that parts of a batch add up to the whole batch's.
 
     Returns:
         The squared errors that count, over the number of all scored voxels; and the fraction of
-        these that counts, None for all. Parts of equal size: mean = sum of the one / of the other.
+        these that counts. The mean over parts of equal size is the sum of one / that of the other.
     """
     predicted = on_cells(reconstruction, scored).features
     exact = torch.promote_types(predicted.dtype, torch.float32)
     difference = predicted.to(exact) - BlockTensor.pack(target, scored).features.to(exact)
     if excluded is None:
-        return difference.square().mean(), None
+        return difference.square().mean(), difference.new_ones(())
     left_out = BlockTensor.pack(excluded, scored).features  # one channel for all
     # filled, not multiplied: what is excluded may be NaN
     return difference.masked_fill(left_out, 0).square().mean(), (~left_out).to(exact).mean()

@@ -115,7 +115,7 @@ class _Loop:
         self.on_step, self.save = on_step, save
         self.saved = state.step
         self.launched: list[_Launched] = []
-        self.ahead = 1 if ranks.device.type == "cuda" else 0  # steps not yet settled
+        self.ahead = steps_ahead(ranks.device)
         self.failure: Exception | None = None  # of this rank's loader
         self.failed = self.stopping = False  # any rank's loader; any rank asked to stop
 
@@ -239,6 +239,11 @@ class _Loop:
         """End the loader's processes."""
         if hasattr(self.source, "close"):
             self.source.close()
+
+
+def steps_ahead(device: torch.device) -> int:
+    """Steps that are launched before the numbers of the one before them are read."""
+    return 1 if device.type == "cuda" else 0
 
 
 class _Launched:
