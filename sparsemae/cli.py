@@ -116,7 +116,8 @@ def pretrain(
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in RUN, if there is one.")
+        bool,
+        typer.Option("--resume", help="Continue the run in RUN; start it if --config is given."),
     ] = False,
 ) -> None:
     """Pre-train a masked autoencoder on a store; under torchrun, on several GPUs."""
@@ -128,7 +129,7 @@ def pretrain(
         from sparsemae.pretrain import pretrain as train
 
         loaded, overrides = None, overrides or []
-        if config is not None or not (resume and (run / "config.toml").exists()):
+        if not resume or config is not None:
             loaded = load_config(PretrainConfig, config or "s3d-resenc-l", overrides)
         outcome = train(store, run, loaded, overrides=overrides, resume=resume, stop=stop)
     if outcome.exit_code and _first():

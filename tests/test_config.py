@@ -51,17 +51,27 @@ def test_the_published_recipe_has_the_published_values():
             "rotation_probability": 0.2,
             "scale": (0.7, 1.4),
             "scale_probability": 0.2,
+            "validation": 16,
         },
         "train": {
             "steps": 250_000,
             "optimizer": "sgd",
             "lr": 1e-2,
+            "schedule": "poly",
+            "warmup": 0,
             "momentum": 0.99,
             "weight_decay": 3e-5,
             "clip_norm": 12.0,
+            "accumulate": 1,
+            "ema": None,
             "precision": "bf16",
+            "compile": False,
+            "cuda_graphs": False,
+            "deterministic": False,
+            "max_skipped": 3,
             "save_every": 1000,
             "keep": 2,
+            "tensorboard": False,
             "device": "auto",
         },
     }
@@ -106,7 +116,7 @@ def test_a_configuration_cannot_be_changed():
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["decode=0.25", "mask.block_size=[4,8,8]"], ["decode=masked", "train.lr=3e-7"]],
+    [[], ["decode=0.25", "mask.block_size=[4,8,8]"], ["decode=masked", "mask.ratio=[0.6,0.9]"]],
 )
 def test_dump_and_load_round_trip(tmp_path, overrides):
     config = load(*overrides)
@@ -144,7 +154,14 @@ WRONG = {  # override: what its message says after the key
     "mask.block_size=0": "should be greater than 0, got 0",
     "mask.ratio=0": "should be greater than 0, got 0",
     "mask.ratio=1": "should be less than 1, got 1",
-    "mask.ratio='0.5'": "should be a valid number, got '0.5'",
+    "mask.ratio='0.5'": "between 0 and 1, or a list of two, the smaller first, got '0.5'",
+    "mask.ratio=[0.9,0.6]": "or a list of two, the smaller first, got [0.9, 0.6]",
+    "mask.ratio=[0.6,1]": "or a list of two, the smaller first, got [0.6, 1]",
+    "mask.ratio=true": "or a list of two, the smaller first, got True",
+    "train.ema=1": "should be less than 1, got 1",
+    "train.accumulate=0": "should be greater than 0, got 0",
+    "train.precision=half": "should be 'fp32', 'bf16' or 'fp16', got 'half'",
+    "train.schedule=step": "should be 'poly', 'cosine', 'constant' or 'sawtooth', got 'step'",
     "decode=most": "should be 'all' or 'masked' or should be a valid number, got 'most'",
     "decode=1": "should be 'all' or 'masked' or should be less than 1, got 1",
     "decode=true": "got True",

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sparsemae import pretrain as module
 from sparsemae.config import load_config
 from sparsemae.data.loading.samples import SampleReader
 from sparsemae.data.options import PreprocessConfig
@@ -20,12 +19,17 @@ from sparsemae.data.phantom import write_heads
 from sparsemae.data.preprocess import preprocess
 from sparsemae.data.store import Store
 from sparsemae.errors import DivergedError, LoaderError, UserError
-from sparsemae.pretrain import PretrainConfig, load_run, pretrain
-from sparsemae.progress import TrainingProgress
+from sparsemae.pretrain import PretrainConfig, build_mae, load_run, pretrain
+from sparsemae.pretraining import objective
+from sparsemae.training import keeper
+from sparsemae.training.progress import TrainingProgress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = ("data.patch_size=16", "data.workers=0", "train.steps=6", "train.save_every=2")
+SMALL = (
+    "data.patch_size=16", "data.workers=0", "data.validation=2", "train.steps=6",
+    "train.save_every=2",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,8 @@ def resume(store, run, *overrides):
 
 
 def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "loss" in line]
 
 
 def losses(run):
@@ -65,7 +70,8 @@ def last(run):
     folder = max((run / "checkpoints").iterdir())
     return folder.name, {
         f"{kind}/{name}": tensor
-        for kind in ("model", "optimizer")
+        for kind in ("model", "optimizer", "ema")
+        if (folder / f"{kind}.safetensors").exists()
         for name, tensor in load_file(folder / f"{kind}.safetensors").items()
     }
 
@@ -111,7 +117,8 @@ def test_a_resumed_run_ends_bit_equal(tmp_path, monkeypatch, store, overrides):
     killed_at(monkeypatch, 5, start, store, tmp_path / "parts", *overrides)
     resume(store, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    assert [r["step"] for r in metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+    for file in ("metrics.jsonl", "config.toml"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
 
 
 VARIED = ("data.rotation_probability=0.5", "data.scale_probability=0.5", "data.foreground=0.5")
@@ -149,14 +156,14 @@ def test_a_killed_loader_worker_costs_no_step(tmp_path, monkeypatch, store):
 
 def test_cases_held_out_are_not_trained_on(tmp_path, monkeypatch, store):
     seen = set()
-    to_device_ahead = module.to_device_ahead
+    to_device_ahead = objective.to_device_ahead
 
     def watched(*arguments):
         for batch in to_device_ahead(*arguments):
             seen.update(batch["case"])
             yield batch
 
-    monkeypatch.setattr(module, "to_device_ahead", watched)
+    monkeypatch.setattr(objective, "to_device_ahead", watched)
     start(store, tmp_path / "run")
     cases = {case.id: case.split for case in Store.open(store).cases}
     assert set(cases.values()) == {"train", "val"}
@@ -228,9 +235,16 @@ def test_a_run_folder_is_complete_and_loads(tmp_path, store):
     for name, p in loaded.mae.named_parameters():
         assert torch.equal(p, tensors[f"model/{name}"])
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.toml",
-        "metrics.jsonl",
+        ".lock",
         "checkpoints",
+        "config.toml",
+        "history.jsonl",
+        "metrics.jsonl",
+        "preview.npz",
+        "preview.png",
+        "report.html",
+        "status.json",
+        "timing.jsonl",
     }
 
 
@@ -262,13 +276,13 @@ def test_what_defines_a_run_cannot_change_when_it_is_resumed(tmp_path, store):
 
 
 def test_excluded_voxels_are_not_scored(tmp_path, monkeypatch, store):
-    to_device_ahead = module.to_device_ahead
+    to_device_ahead = objective.to_device_ahead
 
     def all_excluded(*arguments):
         for batch in to_device_ahead(*arguments):
             yield batch | {"excluded": torch.ones_like(batch["excluded"])}
 
-    monkeypatch.setattr(module, "to_device_ahead", all_excluded)
+    monkeypatch.setattr(objective, "to_device_ahead", all_excluded)
     start(store, tmp_path / "run")
     assert {record["loss"] for record in metrics(tmp_path / "run")} == {0.0}
 
@@ -277,9 +291,13 @@ def test_a_diverged_run_keeps_its_last_checkpoint(tmp_path, store):
     run = tmp_path / "run"
     with pytest.raises(DivergedError, match=r"^step \d: "):
         start(store, run, "train.optimizer=sgd", "train.lr=1e30", "train.save_every=1")
-    done = metrics(run)
-    assert load_run(run).checkpoint.step == len(done) < 6
-    assert all(p.isfinite().all() for p in load_run(run).mae.parameters())
+    assert [line.get("skipped", False) for line in metrics(run)] == [False, *[True] * 4]
+    loaded = load_run(run)
+    assert loaded.checkpoint.step == 4
+    assert all(p.isfinite().all() for p in loaded.mae.parameters())
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert status["message"].startswith("step 4: loss ")
 
 
 @pytest.mark.parametrize("content", ["file", "folder", "run"])
@@ -293,7 +311,8 @@ def test_an_existing_run_folder_is_refused_and_left_as_it_is(tmp_path, store, co
     else:
         start(store, run)
     before = sorted((p, p.stat().st_mtime_ns) for p in [run, *run.rglob("*")])
-    with pytest.raises(UserError, match="exists already: choose another -o, or --resume"):
+    words = {"file": "is a file: choose", "folder": "holds no run: choose", "run": "or --resume to"}
+    with pytest.raises(UserError, match=words[content]):
         start(store, run)
     assert sorted((p, p.stat().st_mtime_ns) for p in [run, *run.rglob("*")]) == before
 
@@ -303,12 +322,61 @@ def test_an_empty_run_folder_is_used(tmp_path, store):
     assert load_run(tmp_path).checkpoint.step == 6
 
 
-def test_a_run_that_stopped_before_its_first_checkpoint_says_what_to_do(
-    tmp_path, monkeypatch, store
-):
-    killed_at(monkeypatch, 1, start, store, tmp_path / "run")
-    with pytest.raises(UserError, match="stopped before its first; remove its folder"):
-        resume(store, tmp_path / "run")
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch, store):
+    start(store, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper, "write_checkpoint", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start(store, tmp_path / "parts")
+    (tmp_path / "parts" / "metrics.jsonl").write_text('{"step": 1, "lo')
+    resume(store, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_by_itself(tmp_path, store):
+    run = tmp_path / "run"
+    start(store, run)
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"its checkpoints are gone, but metrics\.jsonl has steps"):
+        resume(store, run)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_one_command_starts_a_run_and_goes_on_with_it(tmp_path, monkeypatch, store):
+    start(store, tmp_path / "whole")
+    killed_at(monkeypatch, 3, start, store, tmp_path / "parts")
+    start(store, tmp_path / "parts", resume=True)  # as a scheduler runs it again
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(UserError, match=r"^--config: seed, train\.lr differ from those of the run"):
+        start(store, tmp_path / "parts", "seed=4", "train.lr=1", resume=True)
+    start(store, tmp_path / "parts", "train.steps=7", resume=True)
+    assert last(tmp_path / "parts")[0] == "step-00000007"
+    with pytest.raises(UserError, match="no run there"):
+        resume(store, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    start(store, tmp_path / "new", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "new")
+
+
+def test_a_configuration_changed_by_hand_is_noticed(tmp_path, store):
+    run = tmp_path / "run"
+    start(store, run)
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace("lr = 0.002", "lr = 0.001"))
+    with pytest.raises(UserError, match=r"config\.toml: train\.lr differ from what this run was"):
+        resume(store, run)
+
+
+def test_what_makes_a_resumed_run_inexact_is_said_and_kept(tmp_path, monkeypatch, store):
+    run = tmp_path / "run"
+    killed_at(monkeypatch, 3, start, store, run)
+    out = resume(store, run, "train.accumulate=2")
+    words = "resumed, but not bit-exact, because accumulate 1 is now 2"
+    assert f"warning: {words}\n" in out
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert words in [line["message"] for line in history]
+    assert "not bit-exact" not in resume(store, run)
 
 
 @pytest.mark.parametrize(
@@ -335,14 +403,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, store
 
 def test_progress_without_a_terminal_is_one_whole_line_at_a_time(tmp_path, store):
     lines = start(store, tmp_path / "run").splitlines()
-    pattern = r"step \d/6  loss \d+\.\d{4}  \d+\.\d\d samples/s  data wait +\d+%  left 0:00:\d\d"
-    assert lines
-    assert all(re.fullmatch(pattern, line) for line in lines)
-    assert lines[-1].startswith("step 6/6")
+    step = (
+        r"step \d/6  loss \d+\.\d{4}  lr \d\.\d\de-\d\d  grad \d+(\.\d+)?  "
+        r"samples/s \d+\.\d\d  data wait \d+%  left 0:00:\d\d"
+    )
+    validation = r"step \d/6  validation loss \d+\.\d{4}"
+    assert all(re.fullmatch(f"{step}|{validation}", line) for line in lines)
+    assert next(line for line in lines if re.fullmatch(validation, line)).startswith("step 2/6")
+    assert lines[-2].startswith("step 6/6  loss")
 
 
 def test_a_bottleneck_of_one_visible_voxel_is_refused():
-    assert module.build_mae(config("mask.ratio=0.75"))  # two of eight cells
+    assert build_mae(config("mask.ratio=0.75"))  # two of eight cells
     with pytest.raises(UserError, match=r"mask\.ratio 0\.875 leaves one visible voxel at the bott"):
-        module.build_mae(config("mask.ratio=0.875"))
-    assert module.build_mae(config("mask.ratio=0.875", "sparse=false"))
+        build_mae(config("mask.ratio=0.875"))
+    assert build_mae(config("mask.ratio=0.875", "sparse=false"))
