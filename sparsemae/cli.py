@@ -160,6 +160,30 @@ def reconstruct(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Tell where a run stands."""
+    import json
+
+    from sparsemae.status import describe, read_status
+
+    found = read_status(run)
+    _say(json.dumps(found.as_dict(), indent=1) if as_json else "\n".join(describe(run, found)))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+) -> None:
+    """Rebuild RUN/report.html: curves, reconstructions, configuration."""
+    from sparsemae.report import write_run_report
+
+    _say(f"{write_run_report(run)}")
+
+
+@app.command()
 def doctor() -> None:
     """Show versions and devices, and check every backend against the reference."""
     from sparsemae.doctor import examine

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,8 +86,13 @@ def locked(path: Path, *, shared: bool = False, busy: str) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     _HELD.add(descriptor)
     try:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            except BlockingIOError:  # perhaps only a look by `is_locked`
+                time.sleep(0.1)
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy) from None
         except OSError as error:
@@ -96,6 +102,21 @@ def locked(path: Path, *, shared: bool = False, busy: str) -> Iterator[None]:
     finally:
         _HELD.discard(descriptor)
         os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock; no file is created, and nobody is kept from taking it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in NO_LOCKS
+    finally:
+        os.close(descriptor)
+    return False
 
 
 _HELD: set[int] = set()

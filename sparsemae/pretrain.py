@@ -14,14 +14,8 @@ from sparsemae.errors import UserError
 from sparsemae.models.mae import SparseMAE
 from sparsemae.pretraining.config import RESUMABLE, PretrainConfig, build_mae
 from sparsemae.pretraining.objective import Objective
-from sparsemae.training.folder import (
-    CHECKPOINTS,
-    CONFIG,
-    check_free,
-    claimed,
-    config_file,
-    versions,
-)
+from sparsemae.runfiles import CHECKPOINTS, CONFIG
+from sparsemae.training.folder import check_free, claimed, config_file, versions
 from sparsemae.training.keeper import changed_keys
 from sparsemae.training.logs import require_tensorboard
 from sparsemae.training.ranks import Ranks, join_ranks

@@ -5,68 +5,25 @@ file or its name is escaped. Its size is bounded: a sample of volumes is drawn, 
 """
 
 import base64
-import html
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from sparsemae.data.codes import CODES, one_line
+from sparsemae.data.codes import CODES
 from sparsemae.data.making.ledger import FAILURES, PAGES, WARNINGS
 from sparsemae.data.reporting.charts import bars, lines
 from sparsemae.data.reporting.contact import COUNT, card, draw_sheet, views
 from sparsemae.data.reporting.survey import DUPLICATE, Intensities, Reason, Survey, survey
 from sparsemae.data.store import Store
 from sparsemae.files import write_atomically
+from sparsemae.reporting.page import anchor, figure, listing, page, settings, text, tile
 
 KINDS = 20  # rows of the table of data sets and modalities; the rest is added up
-_LETTERS = 400  # of a message
 _PAGE, _SHEET = PAGES
 _REJECTED, _WARNED = "Rejected", "Used with a warning"  # sections
 _FILTERED = "Left out by the quality filter"
-
-_STYLE = """
-:root { color-scheme: light; --ink: #1c2733; --soft: #5d6b7a; --line: #dfe4ea; --blue: #2f6db3 }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1320px; padding: 24px 20px 60px; background: #fff;
-  color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere }
-h2 { font-size: 18px; margin: 36px 0 10px }
-p { margin: 4px 0 12px; max-width: 80ch }
-.soft, figcaption { color: var(--soft); font-size: 13px }
-.tiles { display: grid; gap: 10px; margin: 20px 0;
-  grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)) }
-.tile { border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px }
-.tile b { display: block; font-size: 24px; line-height: 1.25; font-weight: 600 }
-a.tile { color: inherit; text-decoration: none } a.tile:hover { border-color: var(--soft) }
-.bad b { color: #b3372f } .odd b { color: #9a6700 }
-.charts { display: grid; gap: 18px 24px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 290px), 1fr)) }
-figure { margin: 0; min-width: 0 } figcaption { margin-bottom: 2px }
-svg { display: block; width: 100%; height: auto; max-width: 420px }
-svg text { font-size: 10px; fill: var(--soft) } svg .x { text-anchor: middle }
-svg .y, svg .note { text-anchor: end } svg .grid { stroke: var(--line) }
-svg .bar { fill: var(--blue) } svg polyline { fill: none }
-svg .one { stroke: var(--blue); stroke-width: .7; opacity: .35 }
-svg .mean { stroke: #1c2733; stroke-width: 1.6 }
-.wide { overflow-x: auto }
-.wide img { display: block; width: 100%; min-width: 900px; max-width: max-content;
-  border: 1px solid var(--line); border-radius: 8px }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; vertical-align: top; padding: 6px 14px 6px 0; min-width: 4.6em;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
-th { color: var(--soft); font-size: 13px; font-weight: 500 }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; width: 1%;
-  overflow-wrap: normal }
-code { font: 13px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }
-summary { cursor: pointer; color: var(--soft); font-size: 13px }
-ul { margin: 4px 0; padding-left: 18px }
-li { font-size: 13px; margin: 3px 0; overflow-wrap: anywhere }
-td.key { width: 1%; white-space: nowrap; overflow-wrap: normal }
-@media (max-width: 600px) { body { padding: 16px 14px 40px } td, th { padding-right: 8px } }
-"""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(path: Path | str) -> None:
@@ -98,18 +55,7 @@ def write_report(path: Path | str) -> None:
         _settings(facts),
     ]
     write_atomically(store.path / _SHEET, sheet)
-    write_atomically(store.path / _PAGE, _page(_name(store), parts).encode())
-
-
-def _page(title: str, parts: Sequence[str]) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(filter(None, parts))
-        + "\n</body></html>\n"
-    )
+    write_atomically(store.path / _PAGE, page(_name(store), parts).encode())
 
 
 def _name(store: Store) -> str:
@@ -124,41 +70,29 @@ def _head(store: Store, facts: Survey) -> str:
     )
     copies = facts.warnings.get(DUPLICATE, Reason()).count
     tiles = [
-        _tile(len(store), "volume stored" if len(store) == 1 else "volumes stored"),
-        _tile(facts.warned, "of them with a warning", "odd", _WARNED) if facts.warned else "",
-        _tile(rejected, "rejected", "bad" if rejected else "", _REJECTED),
-        _tile(filtered, "left out by the filter", "odd", _FILTERED) if filtered else "",
-        _tile(copies, "copies of another", "odd", _WARNED) if copies else "",
-        _tile(split["train"], "for training"),
-        _tile(split["val"], "for validation"),
-        _tile(facts.subjects, "subject" if facts.subjects == 1 else "subjects"),
-        _tile(facts.excluded, "with excluded voxels") if facts.excluded else "",
-        _tile(_bytes(int(facts.bytes.sum())), "on disk"),
-        _tile(_short(float(voxels.sum())), "voxels"),
+        tile(len(store), "volume stored" if len(store) == 1 else "volumes stored"),
+        tile(facts.warned, "of them with a warning", "odd", _WARNED) if facts.warned else "",
+        tile(rejected, "rejected", "bad" if rejected else "", _REJECTED),
+        tile(filtered, "left out by the filter", "odd", _FILTERED) if filtered else "",
+        tile(copies, "copies of another", "odd", _WARNED) if copies else "",
+        tile(split["train"], "for training"),
+        tile(split["val"], "for validation"),
+        tile(facts.subjects, "subject" if facts.subjects == 1 else "subjects"),
+        tile(facts.excluded, "with excluded voxels") if facts.excluded else "",
+        tile(_bytes(int(facts.bytes.sum())), "on disk"),
+        tile(_short(float(voxels.sum())), "voxels"),
     ]
     return (
-        f"<h1>{_text(_name(store))}</h1>"
+        f"<h1>{text(_name(store))}</h1>"
         f'<div class="soft">sparsemae store <code>{store.fingerprint[:16]}</code></div>'
         f'<div class="tiles">{"".join(tiles)}</div>'
     )
 
 
-def _tile(number: int | str, label: str, kind: str = "", section: str = "") -> str:
-    """A number to see first; it leads to the section that explains it."""
-    inside = f"<b>{number}</b>{label}"
-    if not section or not number:
-        return f'<div class="tile {kind}">{inside}</div>'
-    return f'<a class="tile {kind}" href="#{_anchor(section)}">{inside}</a>'
-
-
-def _anchor(section: str) -> str:
-    return section.lower().replace(" ", "-")
-
-
 def _damage(errors: Sequence[str]) -> str:
     if not errors:
         return ""
-    return f"<h2>Damaged files</h2>{_list(errors)}"
+    return f"<h2>Damaged files</h2>{listing(errors)}"
 
 
 def _charts(facts: Survey, intensities: Intensities) -> str:
@@ -170,19 +104,15 @@ def _charts(facts: Survey, intensities: Intensities) -> str:
         ("Stored: million voxels", bars, facts.shape.prod(axis=1) / 1e6),
         ("Stored: MB on disk", bars, facts.bytes / 1e6),
     ]
-    figures = [_figure(label, draw(values, label)) for label, draw, values in charts]
+    figures = [figure(label, draw(values, label)) for label, draw, values in charts]
     if intensities.rows:
         label = f"Stored intensities, {len(intensities.rows)} drawn; black: mean"
-        figures.insert(0, _figure(label, lines(intensities.edges, intensities.rows, label)))
+        figures.insert(0, figure(label, lines(intensities.edges, intensities.rows, label)))
     return (
         f'<h2>Distributions</h2><div class="charts">{"".join(figures)}</div>'
         '<p class="soft">Intensities are those of the middle slices, without air. A volume whose '
         "line runs apart from all others is worth a look.</p>"
     )
-
-
-def _figure(label: str, svg: str) -> str:
-    return f"<figure><figcaption>{_text(label)}</figcaption>{svg}</figure>"
 
 
 def _sheet(png: bytes, drawn: int, total: int) -> str:
@@ -198,7 +128,7 @@ def _sheet(png: bytes, drawn: int, total: int) -> str:
 def _table(facts: Survey) -> str:
     """Data sets and modalities, the most frequent first."""
     kinds = sorted(facts.kinds.items(), key=lambda item: (-item[1].total(), item[0]))
-    rows = [(*(_text(name) or "-" for name in kind), _splits(n)) for kind, n in kinds[:KINDS]]
+    rows = [(*(text(name) or "-" for name in kind), _splits(n)) for kind, n in kinds[:KINDS]]
     if others := kinds[KINDS:]:
         rest = sum((counts for _, counts in others), Counter())
         rows.append((f"{len(others)} others", "", _splits(rest)))
@@ -226,16 +156,16 @@ def _reasons(title: str, note: str, reasons: Mapping[str, Reason]) -> str:
     for code, reason in reasons.items():
         meaning = ""
         if (known := CODES.get(code)) is not None:
-            meaning = f'{_text(known.summary)}<br><span class="soft">{_text(known.remedy)}</span>'
-        examples = _list(record.message for record in reason.examples)
+            meaning = f'{text(known.summary)}<br><span class="soft">{text(known.remedy)}</span>'
+        examples = listing(record.message for record in reason.examples)
         which = "all" if reason.count == len(reason.examples) else "the first"
         rows.append(
-            f'<tr><td class="key"><code>{_text(code)}</code></td><td class="n">{reason.count}</td>'
+            f'<tr><td class="key"><code>{text(code)}</code></td><td class="n">{reason.count}</td>'
             f"<td>{meaning}<details><summary>{which} {len(reason.examples)}</summary>"
             f"{examples}</details></td></tr>"
         )
     return (
-        f'<h2 id="{_anchor(title)}">{title}</h2><p class="soft">{note}'
+        f'<h2 id="{anchor(title)}">{title}</h2><p class="soft">{note}'
         f" Codes and remedies: docs/bad-input.md.</p>"
         '<table><tr><th>code</th><th class="n">volumes</th><th>meaning, and what to do</th></tr>'
         f"{''.join(rows)}</table>"
@@ -243,34 +173,8 @@ def _reasons(title: str, note: str, reasons: Mapping[str, Reason]) -> str:
 
 
 def _settings(facts: Survey) -> str:
-    rows = "".join(
-        f'<tr><td class="key"><code>{_text(key)}</code></td><td>{_text(_value(value))}</td></tr>'
-        for key, value in facts.config.model_dump(mode="json").items()
-    )
-    return f"<h2>Preprocessing</h2><table>{rows}</table>"
-
-
-def _value(value: object) -> str:
-    match value:
-        case None:
-            return "none"
-        case dict():
-            return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
-        case list():
-            return ", ".join(map(_value, value))
-        case float():
-            return f"{value:g}"
-    return str(value)
-
-
-def _list(texts: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{_text(text)}</li>' for text in texts)}</ul>"
-
-
-def _text(text: str) -> str:
-    """Safe as text and inside quotes, one line, of limited length."""
-    text = one_line(text)
-    return html.escape(text if len(text) <= _LETTERS else f"{text[: _LETTERS - 1]}…")
+    values = facts.config.model_dump(mode="json").items()
+    return f"<h2>Preprocessing</h2>{settings(values)}"
 
 
 def _bytes(count: int) -> str:

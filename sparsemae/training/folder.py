@@ -19,9 +19,9 @@ import sparsemae
 from sparsemae import checkpoint
 from sparsemae.errors import UserError
 from sparsemae.files import TEMPORARY, locked, write_atomically
+from sparsemae.runfiles import CHECKPOINTS, CONFIG, LOCK, STATUS
+from sparsemae.status import require_run
 from sparsemae.training import logs
-
-CONFIG, STATUS, LOCK, CHECKPOINTS = "config.toml", "status.json", ".lock", "checkpoints"
 
 
 @contextlib.contextmanager
@@ -60,10 +60,8 @@ def check_free(run: Path, *, resume: bool) -> None:
 
 def config_file(run: Path) -> Path:
     """The configuration of a run; UserError where there is none."""
-    file = run / CONFIG
-    if not file.is_file():
-        raise UserError(f"{run}: no run there (no config.toml); start one with sparsemae pretrain")
-    return file
+    require_run(run)
+    return run / CONFIG
 
 
 def starts_anew(run: Path) -> bool:

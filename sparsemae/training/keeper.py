@@ -23,10 +23,11 @@ from sparsemae.checkpoint import (
 )
 from sparsemae.config import dump_config
 from sparsemae.errors import UserError
+from sparsemae.runfiles import CHECKPOINTS, CONFIG
 from sparsemae.training import logs
 from sparsemae.training.background import Background
 from sparsemae.training.exactness import conditions, differences
-from sparsemae.training.folder import CHECKPOINTS, CONFIG, Status, starts_anew
+from sparsemae.training.folder import Status, starts_anew
 from sparsemae.training.guard import Guard, LossScale
 from sparsemae.training.loop import State, StepRecord
 from sparsemae.training.options import TrainConfig

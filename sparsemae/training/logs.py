@@ -17,10 +17,8 @@ from typing import Any
 
 from sparsemae.errors import UserError
 from sparsemae.files import write_atomically
+from sparsemae.runfiles import HISTORY, METRICS, TENSORBOARD, TIMING
 from sparsemae.training.loop import StepRecord
-
-METRICS, TIMING, HISTORY = "metrics.jsonl", "timing.jsonl", "history.jsonl"
-TENSORBOARD = "tensorboard"
 
 
 class RunLog(AbstractContextManager):

@@ -1,0 +1,174 @@
+"""A few patches and what the model makes of them, kept small for the report of a run."""
+
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, UInt8
+
+from sparsemae.files import write_atomically
+from sparsemae.runfiles import PICTURE, PREVIEW
+
+Triple = tuple[int, int, int]
+
+MOST_VOXELS = 6_000_000  # of a volume; larger ones are averaged down
+MOST_ROWS = 4  # of the picture
+_HIDDEN = "#30343b"  # where a voxel is masked
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Patches with axes R, A, S, their masks, and the model's reconstruction of them.
+
+    In `reconstruction` visible voxels are the original's.
+    """
+
+    step: int
+    cases: tuple[str, ...]
+    original: Float32[np.ndarray, "N D H W"]
+    reconstruction: Float32[np.ndarray, "N D H W"]
+    visible: Bool[np.ndarray, "N Gd Gh Gw"]  # cells that the encoder saw
+    block_size: Triple  # voxels of a cell
+    spacing: Float[np.ndarray, "N 3"]  # mm
+
+
+@dataclass(frozen=True)
+class StoredPreview:
+    """A preview in 8 bits, each case on a grey scale of its own."""
+
+    step: int
+    cases: tuple[str, ...]
+    original: UInt8[np.ndarray, "N D H W"]
+    reconstruction: UInt8[np.ndarray, "N D H W"]
+    visible: Bool[np.ndarray, "N Gd Gh Gw"]
+    spacing: Float[np.ndarray, "N 3"]  # mm of a voxel here
+
+    @property
+    def block_size(self) -> Triple:
+        """Voxels of a cell here."""
+        sizes = zip(self.original.shape[1:], self.visible.shape[1:], strict=True)
+        return tuple(n // cells for n, cells in sizes)
+
+
+def save_preview(run: Path, preview: Preview) -> None:
+    """Write `preview.npz` and `preview.png` into the run folder, each whole or not at all."""
+    stored = _stored(preview)
+    file = io.BytesIO()
+    np.savez_compressed(
+        file,
+        step=stored.step,
+        cases=np.array(stored.cases),
+        original=stored.original,
+        reconstruction=stored.reconstruction,
+        visible=stored.visible,
+        spacing=stored.spacing,
+    )
+    write_atomically(run / PREVIEW, file.getvalue())
+    write_atomically(run / PICTURE, _picture(stored))
+
+
+def load_preview(run: Path) -> StoredPreview | None:
+    """The preview of a run folder; None if there is none, or it is damaged."""
+    try:
+        with np.load(run / PREVIEW, allow_pickle=False) as arrays:
+            stored = StoredPreview(
+                step=int(arrays["step"]),
+                cases=tuple(map(str, arrays["cases"])),
+                original=arrays["original"],
+                reconstruction=arrays["reconstruction"],
+                visible=arrays["visible"],
+                spacing=arrays["spacing"],
+            )
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        return None
+    volumes = stored.original, stored.reconstruction
+    whole = (
+        all(v.ndim == 4 and v.dtype == np.uint8 for v in volumes)
+        and volumes[0].shape == volumes[1].shape
+        and stored.visible.ndim == 4
+        and len(stored.cases) == len(stored.visible) == len(volumes[0]) > 0
+        and stored.spacing.shape == (len(stored.cases), 3)
+    )
+    return stored if whole else None
+
+
+def _stored(preview: Preview) -> StoredPreview:
+    factors = _factors(preview.original.shape[1:], preview.block_size)
+    original = _averaged(preview.original, factors)
+    restored = _averaged(preview.reconstruction, factors)
+    low, high = np.percentile(original, (0.5, 99.5), axis=(1, 2, 3))
+    scale = 255 / np.maximum(high - low, 1e-6)
+
+    def grey(volumes: np.ndarray) -> np.ndarray:
+        scaled = (volumes - low[:, None, None, None]) * scale[:, None, None, None]
+        return np.nan_to_num(scaled).clip(0, 255).round().astype(np.uint8)
+
+    return StoredPreview(
+        step=preview.step,
+        cases=preview.cases,
+        original=grey(original),
+        reconstruction=grey(restored),
+        visible=preview.visible,
+        spacing=preview.spacing * np.array(factors),
+    )
+
+
+def _factors(shape: Triple, block_size: Triple) -> Triple:
+    """How many voxels become one along each axis: halves of a cell's width, while it is too large.
+
+    Cells stay whole, so that the mask stays exact.
+    """
+    factors = [1, 1, 1]
+    while np.prod(shape) / np.prod(factors) > MOST_VOXELS:
+        able = [a for a in range(3) if block_size[a] % (2 * factors[a]) == 0]
+        if not able:
+            break
+        axis = max(able, key=lambda a: shape[a] / factors[a])
+        factors[axis] *= 2
+    return tuple(factors)
+
+
+def _averaged(volumes: np.ndarray, factors: Triple) -> np.ndarray:
+    for axis, factor in enumerate(factors, start=1):
+        shape = volumes.shape
+        split = (*shape[:axis], shape[axis] // factor, factor, *shape[axis + 1 :])
+        volumes = volumes.reshape(split).mean(axis + 1) if factor > 1 else volumes
+    return volumes
+
+
+def _picture(stored: StoredPreview) -> bytes:
+    """Original, masked and reconstruction in the middle axial plane, a case to a row."""
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    rows = min(MOST_ROWS, len(stored.cases))
+    figure = Figure(figsize=(9, 3.2 * rows + 0.4), facecolor="black", layout="constrained")
+    figure.suptitle(f"step {stored.step}", color="white")
+    hidden = ~stored.visible
+    for axis, width in enumerate(stored.block_size, start=1):
+        hidden = hidden.repeat(width, axis)
+    for row in range(rows):
+        middle = stored.original.shape[3] // 2
+        original = stored.original[row, :, :, middle].astype(float)
+        masked = np.where(hidden[row, :, :, middle], np.nan, original)
+        restored = stored.reconstruction[row, :, :, middle]
+        planes = {"original": original, "masked": masked, "reconstruction": restored}
+        for column, (title, plane) in enumerate(planes.items()):
+            axes = figure.add_subplot(rows, 3, 3 * row + column + 1)
+            axes.set_facecolor(_HIDDEN)
+            axes.imshow(
+                plane.T,
+                **{"cmap": "gray", "vmin": 0, "vmax": 255, "origin": "lower"},
+                aspect=stored.spacing[row, 1] / stored.spacing[row, 0],
+                interpolation="nearest",
+            )
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if row == 0:
+                axes.set_title(title, color="white")
+            if column == 0:
+                axes.set_ylabel(stored.cases[row], color="white", parse_math=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=90)
+    return file.getvalue()

@@ -1,0 +1,12 @@
+"""Names of the files in a run folder, for who writes and who reads them."""
+
+CONFIG = "config.toml"  # resolved: it rebuilds the run
+STATUS = "status.json"  # where the run stands, for people and scripts
+LOCK = ".lock"  # held by the process that trains
+METRICS = "metrics.jsonl"  # what steps computed: the same bytes whatever interrupted the run
+TIMING = "timing.jsonl"  # how long they took
+HISTORY = "history.jsonl"  # starts, resumes, stops, warnings; append only
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+PREVIEW, PICTURE = "preview.npz", "preview.png"
+REPORT = "report.html"
