@@ -49,3 +49,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """A store of three heads of 24^3, two to train on and one held out."""
+    from sparsemae.data.options import PreprocessConfig
+    from sparsemae.data.phantom import write_heads
+    from sparsemae.data.preprocess import preprocess
+
+    folder = tmp_path_factory.mktemp("heads")
+    write_heads(folder / "volumes", 3, size=24)
+    keep = PreprocessConfig(spacing=None)
+    return preprocess([folder / "volumes"], folder / "store", keep).store.path

@@ -137,6 +137,7 @@ class _Loop:
                     self.save(state)
                     self.saved = state.step
                 state.model.train()
+                self.clock = time.perf_counter()  # saving and validating are no part of a step
             if self.failed:
                 raise self.failure or _elsewhere()
             if self.stopping and not last:

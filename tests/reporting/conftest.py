@@ -1,0 +1,64 @@
+"""A run folder as training leaves it, without training."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sparsemae.reporting.preview import Preview, save_preview
+
+SHAPE, CELL = (24, 16, 8), 4
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    return lambda name="run", **options: _make(tmp_path / name, **options)
+
+
+@pytest.fixture
+def make_preview():
+    return _preview
+
+
+def _preview(cases=("case a", "case b"), shape=SHAPE, cell=CELL, step=40):
+    """Values differ along each axis, so that a swapped or flipped one shows."""
+    rng = np.random.default_rng(0)
+    grid = tuple(n // cell for n in shape)
+    i, j, k = np.meshgrid(*map(np.arange, shape), indexing="ij")
+    volume = (i + 30 * j + 500 * k).astype(np.float32)
+    original = np.stack([volume + n for n in range(len(cases))])
+    visible = rng.random((len(cases), *grid)) < 0.4
+    spacing = np.array([[1.0, 1.5, 3.0]] * len(cases))
+    return Preview(step, tuple(cases), original, original[:, ::-1], visible, (cell,) * 3, spacing)
+
+
+def _make(run, steps=40, preview=None, odd=(), nan=(), state="finished", **status):
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text('seed = 0\n[model]\npreset = "tiny"\n[train]\nlr = 0.002\n')
+    metrics, timing = [], []
+    for step in range(1, steps + 1):
+        loss = None if step in nan else 3.0 / step + 0.2
+        line = {"step": step, "loss": loss, "lr": 1e-3 * (1 - step / steps), "grad_norm": 2.0}
+        if step in odd:
+            line |= {"spike": True, "cases": [f"case {step}"]}
+        if step in nan:
+            line |= {"skipped": True, "cases": [f"case {step}"]}
+        metrics.append(line)
+        times = {"seconds": 0.5, "wait_seconds": 0.05, "samples": 2, "memory_bytes": None}
+        timing.append({"step": step, **times, "time": 1.7e9 + step})
+        if step % (steps // 4) == 0:
+            metrics.append({"step": step, "val_loss": 2.0 / step + 0.3})
+            timing.append({"step": step, "save_seconds": 0.25, "time": 1.7e9 + step})
+    for name, lines in (("metrics", metrics), ("timing", timing)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (run / f"{name}.jsonl").write_text(text)
+    event = {"time": 1.7e9, "step": 0, "event": "started", "message": ""}
+    (run / "history.jsonl").write_text(json.dumps(event) + "\n")
+    values = {"state": state, "step": steps, "steps": steps, "checkpoint": steps, "message": ""}
+    values |= {"best": {"step": steps, "val_loss": 0.35}, "exit_code": 0, "device": "cpu"}
+    values |= {"host": "node", "store": "/data/store", "world_size": 1, **status}
+    (run / "status.json").write_text(json.dumps(values))
+    (run / ".lock").touch()
+    if preview is not None:
+        save_preview(run, preview)
+    return run
