@@ -18,6 +18,7 @@ from sparsemae.runfiles import CHECKPOINTS, CONFIG
 from sparsemae.training.folder import check_free, claimed, config_file, versions
 from sparsemae.training.keeper import changed_keys
 from sparsemae.training.logs import require_tensorboard
+from sparsemae.training.options import check_precision
 from sparsemae.training.ranks import Ranks, join_ranks
 from sparsemae.training.run import Outcome, run_task
 from sparsemae.training.task import Task
@@ -66,6 +67,7 @@ def pretrain(
         shown = (console or Console()) if ranks.main else Console(quiet=True)
         config = ranks.shared(lambda: _settled(run, config, overrides, resume=resume))
         mae = build_mae(config)
+        check_precision(config.train, ranks.device.type)
         data = Store.open(store)
         if store.resolve() in (run.resolve(), *run.resolve().parents):
             raise UserError(f"{run} is inside the store {store}: choose another -o")

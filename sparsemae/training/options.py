@@ -32,6 +32,20 @@ class TrainConfig(Strict):
     device: str = "auto"  # auto: cuda if there is one
 
 
+def check_precision(config: TrainConfig, device: str) -> None:
+    """Refuse a precision that a kind of device computes wrongly.
+
+    Raises:
+        UserError: bf16 on a CPU. Up to torch 2.13 at least, the weight gradient of a bf16 3D
+            convolution over two voxels per axis holds memory that was never written.
+    """
+    if config.precision == "bf16" and device == "cpu":
+        raise UserError(
+            "train.precision bf16: on a CPU the library's weight gradients are not reliable in it; "
+            "use fp32 there"
+        )
+
+
 def check_train(config: TrainConfig) -> None:
     """Refuse what no single key shows.
 

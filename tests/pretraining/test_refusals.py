@@ -28,6 +28,16 @@ def config(*overrides):
         (["mask.ratio=0.01"], "mask.ratio 0.01 leaves no visible or no masked cell"),
         (["mask.block_size=2", "decode=masked"], "decode 'masked' restricts 2 levels"),
         (["train.device=tpu"], "train.device tpu: not on this machine"),
+        (
+            ["train.precision=bf16", "train.device=cpu"],
+            "train.precision bf16: on a CPU the library",
+        ),
+        (["train.cuda_graphs=true"], "train.cuda_graphs: not offered"),
+        (["train.warmup=6"], "train.warmup 6 leaves nothing of train.steps 6"),
+        (["train.schedule=sawtooth"], "train.schedule sawtooth: it protects a pre-trained encoder"),
+        (["train.accumulate=3"], "train.accumulate 3: a step has 2 samples of data.batch_size 2"),
+        (["mask.ratio=[0.01,0.5]"], "mask.ratio 0.01 leaves no visible or no masked cell"),
+        (["mask.ratio=[0.5,0.875]"], "mask.ratio 0.875 leaves one visible voxel at the bottleneck"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, store, overrides, words):

@@ -1,0 +1,78 @@
+"""Runs `sparsemae` commands in children forked from a process that has imported everything.
+
+A command starts in milliseconds so, and can be killed often. Reads JSON lines: {"argv", "out",
+"slow"} starts a child in a process group of its own and answers its pid; {"wait": pid} answers its
+exit code, negative for a signal. `slow` is the seconds that each file of a checkpoint takes.
+"""
+
+import json
+import os
+import resource
+import sys
+import threading
+import time
+import traceback
+
+import torch
+
+import sparsemae.reconstruct
+import sparsemae.report
+from sparsemae import checkpoint, cli, files, pretrain
+
+assert pretrain
+assert sparsemae.report
+
+
+def child(argv, out, slow, largest):
+    os.setsid()
+    descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if slow:
+        checkpoint.write_synced = slowly(slow)
+    if largest:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+    sys.argv = ["sparsemae", *argv]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    for thread in threading.enumerate():  # as the interpreter does when it ends
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
+    os._exit(code)
+
+
+def slowly(seconds):
+    def write(path, data):
+        time.sleep(seconds)
+        half = len(data) // 2
+        path.write_bytes(data[:half])
+        time.sleep(seconds)
+        files.write_synced(path, data)
+
+    return write
+
+
+def main():
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            answer = os.waitstatus_to_exitcode(status)
+        else:
+            answer = os.fork()
+            if not answer:
+                child(request["argv"], request["out"], request["slow"], request["largest"])
+        print(answer, flush=True)
+
+
+main()
