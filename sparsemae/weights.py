@@ -8,6 +8,7 @@ unnoticed. Memory stays below the size of the file and some hundred MB until the
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -134,6 +135,8 @@ def _read_safetensors(
         raise UserError(f"{path}: cut short: {size} bytes, less than its header says; {AGAIN}")
     if header > _LARGEST_HEADER:
         raise UserError(f"{path}: a header of {header} bytes, which weights never need; {AGAIN}")
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        raise UserError(f"{str(path)!a}: a name that is not UTF-8; rename the file")
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())
@@ -219,10 +222,10 @@ def _has_tensor(values: Mapping[Any, Any]) -> bool:
 
 def _listed(content: Mapping[Any, Any]) -> str:
     """The first entries of a checkpoint, for a message."""
-    shown = [
-        f"{_shown(key)} ({type(value).__name__}{f' of {len(value)}' * hasattr(value, '__len__')})"
-        for key, value in list(content.items())[:8]
-    ]
+    shown = []
+    for key, value in itertools.islice(content.items(), 8):
+        length = f" of {len(value)}" if isinstance(value, dict | list | tuple) else ""
+        shown.append(f"{_shown(key)} ({type(value).__name__}{length})")
     return ", ".join(shown) + ", ..." * (len(content) > len(shown))
 
 
@@ -319,11 +322,9 @@ def _view(tensor: Tensor) -> tuple[Any, ...]:
 def _shown(name: Any) -> str:
     """A name out of a file, on one line and not too long."""
     text = str(name)
-    return (
-        text
-        if len(text) <= 80 and text.isprintable()
-        else f"{text[:80]!a}" + "..." * (len(text) > 80)
-    )
+    if len(text) <= 80 and text.isprintable():
+        return text
+    return f"{text[:80]!a}" + "..." * (len(text) > 80)
 
 
 def _first_line(error: BaseException) -> str:
