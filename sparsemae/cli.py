@@ -121,7 +121,7 @@ def pretrain(
     ] = False,
 ) -> None:
     """Pre-train a masked autoencoder on a store; under torchrun, on several GPUs."""
-    from sparsemae.signals import stop_code
+    from sparsemae.signals import INTERRUPTED, stop_code
 
     with stop_code() as stop:  # before what takes its time to import
         from sparsemae.config import load_config
@@ -131,7 +131,11 @@ def pretrain(
         loaded, overrides = None, overrides or []
         if not resume or config is not None:
             loaded = load_config(PretrainConfig, config or "s3d-resenc-l", overrides)
-        outcome = train(store, run, loaded, overrides=overrides, resume=resume, stop=stop)
+        try:
+            outcome = train(store, run, loaded, overrides=overrides, resume=resume, stop=stop)
+        except KeyboardInterrupt:
+            sys.stdout.flush()
+            os._exit(INTERRUPTED)  # the interpreter would wait for a checkpoint on its way
     if outcome.exit_code and _first():
         _say(f"stopped at step {outcome.step} as asked; --resume goes on from there")
     elif _first():
@@ -217,8 +221,8 @@ def main() -> None:
         _fail(str(error), 1, everywhere=True)
     except (LoaderError, OutOfMemoryError) as error:
         _fail(str(error), 1)
-    except RankError:
-        raise SystemExit(1) from None  # said by the rank it happened to
+    except RankError as error:
+        _fail(str(error), 1, everywhere=True)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = (

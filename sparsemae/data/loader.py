@@ -94,13 +94,7 @@ def make_loader(
         raise ValueError(f"start_step {start_step}: must be from 0 to steps ({steps})")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank}: must be from 0 to world_size ({world_size}) - 1")
-    if batch_size % world_size:
-        below = batch_size // world_size * world_size
-        valid = " and ".join(str(n) for n in (below, below + world_size) if n)
-        raise UserError(
-            f"data.batch_size {batch_size} does not divide by {world_size} ranks: the nearest "
-            f"valid sizes are {valid}"
-        )
+    check_share(batch_size, world_size)
     size = tuple(int(n) for n in patch_size)
     reader = SampleReader(store, size, seed=seed, augment=augment, foreground=foreground)
     each = batch_size // world_size
@@ -109,3 +103,14 @@ def make_loader(
         workers=workers,
         timeout=timeout,
     )
+
+
+def check_share(batch_size: int, world_size: int) -> None:
+    """Refuse a batch that the ranks cannot share equally."""
+    if batch_size % world_size:
+        below = batch_size // world_size * world_size
+        valid = " and ".join(str(n) for n in (below, below + world_size) if n)
+        raise UserError(
+            f"data.batch_size {batch_size} does not divide by {world_size} ranks: the nearest "
+            f"valid sizes are {valid}"
+        )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparsemae.data.loader import make_loader
+from sparsemae.data.loader import check_share, make_loader
 from sparsemae.data.loading.augment import assemble
 from sparsemae.data.loading.prefetch import to_device_ahead
 from sparsemae.data.loading.samples import RawBatch, SampleReader
@@ -148,8 +148,9 @@ class Objective:
 
 def _check_parts(config: PretrainConfig, ranks: Ranks) -> None:
     batch, parts = config.data.batch_size, config.train.accumulate
-    each = batch // ranks.world_size  # make_loader refuses what does not divide
-    if each and each % parts:
+    check_share(batch, ranks.world_size)
+    each = batch // ranks.world_size
+    if each % parts:
         valid = ", ".join(str(n) for n in range(1, each + 1) if not each % n)
         whose = f"each of {ranks.world_size} ranks has" if ranks.many else "a step has"
         raise UserError(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsemae.errors import RankError, UserError
+from sparsemae.training.meeting import meet
 
 T = TypeVar("T")
 
@@ -93,14 +94,35 @@ def join_ranks(device: str, *, timeout: float = 600.0) -> Iterator[Ranks]:
     chosen = pick_device(device, local)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    # gloo as well where there are GPUs: what is on the host need not visit one
+    wait = datetime.timedelta(seconds=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
+    name = meet(store, rank, world_size, timeout=timeout)
     dist.init_process_group(
+        # gloo as well where there are GPUs: what is on the host need not visit one
         "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=timeout),
+        timeout=wait,
+        store=dist.PrefixStore(name, store),
+        rank=rank,
+        world_size=world_size,
     )
-    yield Ranks(chosen, dist.get_rank(), dist.get_world_size())
+    yield Ranks(chosen, rank, world_size)
     # not after an error: it might wait for a rank that has ended
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lost_ranks_explained(ranks: Ranks) -> Iterator[None]:
+    """Turn what a collective raises when another rank has ended into a `RankError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (ranks.many and any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))):
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise RankError(
+            f"rank {ranks.rank} lost the connection to another, which has ended or does not "
+            f"answer ({why})"
+        ) from error
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:

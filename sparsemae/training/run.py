@@ -16,7 +16,7 @@ from sparsemae.training.keeper import Keeper
 from sparsemae.training.loop import State, fit
 from sparsemae.training.optimizer import Ema, make_optimizer
 from sparsemae.training.options import TrainConfig
-from sparsemae.training.ranks import Ranks
+from sparsemae.training.ranks import Ranks, lost_ranks_explained
 from sparsemae.training.task import Task
 
 
@@ -59,16 +59,17 @@ def run_task(
     )
     with Keeper(task, run, config, ranks, console) as keeper:
         keeper.restore(state)
-        keeper.open(state)
         try:
-            finished = fit(
-                *(state, task.loss_of, task.batches(state.step), config),
-                ranks=ranks,
-                on_step=keeper.on_step,
-                save=keeper.save,
-                stop=lambda: keeper.must_stop() or stop() > 0,
-                seed=seed,
-            )
+            ranks.shared(lambda: keeper.open(state))
+            with lost_ranks_explained(ranks):
+                finished = fit(
+                    *(state, task.loss_of, task.batches(state.step), config),
+                    ranks=ranks,
+                    on_step=keeper.on_step,
+                    save=keeper.save,
+                    stop=lambda: keeper.must_stop() or stop() > 0,
+                    seed=seed,
+                )
             code = 0 if finished else stop() or PREEMPTED
             path = keeper.end(state, code)
         except BaseException as error:
