@@ -51,8 +51,9 @@ class Keeper(AbstractContextManager):
         self.background, self.stack = Background(), ExitStack()
 
     def __exit__(self, *exception):
-        with contextlib.suppress(Exception):  # told before, or about to be replaced by it
-            self.background.wait()
+        if exception[0] is not KeyboardInterrupt:
+            with contextlib.suppress(Exception):  # told before, or about to be replaced by it
+                self.background.wait()
         self.stack.close()
 
     def restore(self, state: State) -> None:
@@ -98,6 +99,7 @@ class Keeper(AbstractContextManager):
             self._note(state.step, "warning", warning)
         if anew:
             self._write(state, None)
+            self.background.wait()  # steps in the log without a checkpoint could not be resumed
         else:
             self.status.update(checkpoint=state.step, best=_best(state))
         self.progress = self.stack.enter_context(
@@ -167,8 +169,9 @@ class Keeper(AbstractContextManager):
         code = 130 if interrupted else 2 if isinstance(error, UserError) else 1
         message = " ".join(str(error).split()) or type(error).__name__
         with contextlib.suppress(Exception):  # the disk may be full
-            with contextlib.suppress(Exception):
-                self.background.wait()
+            if not interrupted:
+                with contextlib.suppress(Exception):
+                    self.background.wait()
             self.status.update(state=event, step=state.step, exit_code=code, message=message)
             self._note(state.step, event, message)
             self._report(state.step)
