@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from sparsemae import cli, doctor, pretrain
+from sparsemae import cli, doctor
 from sparsemae.data.phantom import write_heads
 from sparsemae.data.store import Store
 from sparsemae.pretrain import load_run
+from sparsemae.training import keeper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,7 +69,9 @@ def test_the_main_job_leaves_what_it_says(made):
     run = load_run(made / "run")
     assert run.checkpoint.step == 3
     assert run.config.data.patch_size == (16, 16, 16)
-    assert len((made / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+    lines = [json.loads(x) for x in (made / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert 'id="volumes"' in (made / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("head", ["head_01", "head_02"])
@@ -180,7 +183,7 @@ BAD = {  # words of a command; what its one line must say: the place, and the re
     "device": ((*PRETRAIN, "--set", "train.device=tpu"), "train.device tpu", "choose auto"),
     "existing run": (
         ("pretrain", "{made}/store", "-o", "{made}/run", "--config", "tiny"),
-        "{made}/run exists",
+        "{made}/run holds a run already",
         "choose another -o",
     ),
     "missing store": (
@@ -200,7 +203,7 @@ BAD = {  # words of a command; what its one line must say: the place, and the re
     ),
     "resume with config": (
         (*RESUME, "--config", "tiny"),
-        "{made}/run/config.toml",
+        "--config: data.patch_size differ from those of the run in {made}/run",
         "drop --config",
     ),
     "resume with another lr": ((*RESUME, "--set", "train.lr=1"), "train.lr", "Start a new run"),
@@ -310,10 +313,11 @@ def test_trouble_of_the_machine_is_one_line_and_exit_1(made, tmp_path, monkeypat
 
     command = ["pretrain", made / "store", "-o", tmp_path / "run", "--config", "tiny", *SMALL]
     diverge = ["--set", "train.optimizer=sgd", "--set", "train.lr=1e30"]
+    diverge += ["--set", "train.max_skipped=0"]
     line = refused(capfd, *command, *diverge, code=1)
     assert "lower train.lr" in line
     command[3] = tmp_path / "other"
-    monkeypatch.setattr(pretrain, "save_checkpoint", full)
+    monkeypatch.setattr(keeper, "write_checkpoint", full)
     line = refused(capfd, *command, code=1)
     assert line.startswith("model.safetensors: No space left on device; free some space")
 

@@ -57,7 +57,7 @@ class RunLog(AbstractContextManager):
         self._show(record.step, line | {"samples_per_second": record.samples / record.seconds})
 
     def validation(self, step: int, loss: float) -> None:
-        _write(self._metrics, {"step": step, "val_loss": loss})
+        _write(self._metrics, {"step": step, "val_loss": loss if math.isfinite(loss) else None})
         self._show(step, {"val_loss": loss})
 
     def took(self, step: int, times: dict[str, Any]) -> None:
