@@ -174,7 +174,7 @@ def status(
     from sparsemae.status import describe, read_status
 
     found = read_status(run)
-    _say(json.dumps(found.as_dict(), indent=1) if as_json else "\n".join(describe(run, found)))
+    _say(json.dumps(found.as_dict(), indent=1) if as_json else describe(found))
 
 
 @app.command()

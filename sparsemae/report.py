@@ -6,33 +6,30 @@ Refreshed at every checkpoint. Its size is bounded: curves are thinned out, volu
 
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from sparsemae.files import write_atomically
+from sparsemae.reporting.curves import STYLE as CURVES
 from sparsemae.reporting.curves import Curve, draw_curves
-from sparsemae.reporting.page import figure, page, settings, text, tile
+from sparsemae.reporting.page import anchor, page, settings, text, tile
 from sparsemae.reporting.preview import load_preview
-from sparsemae.reporting.readback import RunData, read_run, smoothed
+from sparsemae.reporting.readback import RunData, number, read_run
 from sparsemae.reporting.viewer import STYLE, draw_viewer, script
-from sparsemae.runfiles import HISTORY, METRICS, REPORT
-from sparsemae.status import require_run
+from sparsemae.runfiles import HISTORY, METRICS, PREVIEW, REPORT
+from sparsemae.status import Status, read_status
 
-_ROWS = 20  # of tables of what happened
-_STYLE = (
-    STYLE
-    + """
-.curves { display: grid; gap: 18px 28px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)) }
-.curves svg { max-width: none } .band { fill: var(--blue); opacity: .18 }
-.main { stroke: var(--blue); stroke-width: 1.5 } polyline.points { stroke: var(--ink) }
-circle.points { fill: var(--ink) } circle.main { fill: var(--blue) }
-.skipped { stroke: var(--red); stroke-width: 2 } .spike { stroke: #c98a00; stroke-width: 2 }
-.good b { color: #2c7a4b }
+_ODD = "Skipped steps and spikes"  # a section
+_CASES = 64  # of a step that are named
+_LONGEST = 1e9  # seconds: a clock's mistake is told as this
+_STYLE = f"""{STYLE}{CURVES}
+.state {{ font-size: 17px; margin: 10px 0 0 }} .state b {{ text-transform: capitalize }}
+.good b {{ color: #2c7a4b }}
+.settings {{ columns: 2 400px; column-gap: 40px }} .settings tr {{ break-inside: avoid }}
 """
-)
 _KINDS = {"finished": "good", "running": "", "preempted": "odd", "interrupted": "odd"}
+_MUCH = 0.1  # of the time waiting for data is worth a colour
 
 
 def write_run_report(run: Path) -> Path:
@@ -42,103 +39,149 @@ def write_run_report(run: Path) -> Path:
         UserError: No run there.
         OSError: It cannot be written.
     """
-    require_run(run)
-    data = read_run(run)
+    status = read_status(run)
+    data, preview, name = read_run(run), load_preview(run), run.resolve().name
     element, digest = script()
     parts = [
-        _head(run, data),
-        f"<h2>Reconstruction</h2>{draw_viewer(load_preview(run))}",
+        _head(name, status, data),
+        _tiles(status, data),
+        f"<h2>Reconstruction</h2>{draw_viewer(preview, damaged=(run / PREVIEW).exists())}",
         f'<h2>Curves</h2><div class="curves">{"".join(_curves(data))}</div>',
         _odd(data),
         _history(data),
-        f"<h2>Configuration</h2>{settings(_flat(data.config))}",
+        f'<h2>Configuration</h2><div class="settings">{settings(_flat(data.config))}</div>',
         element,
     ]
-    name = run.resolve().name
     html = page(f"{name}: training", parts, style=_STYLE, script_hash=digest)
     write_atomically(run / REPORT, html.encode())
     return run / REPORT
 
 
-def _head(run: Path, data: RunData) -> str:
-    status, totals = data.status, data.totals
-    state = str(status.get("state", "unknown"))
-    steps = status.get("steps")
-    done = max([int(s[0][-1]) for s in (data.loss, data.speed) if s.size], default=0)
-    spent = totals.get("seconds", 0.0)
-    share = totals.get("wait_seconds", 0.0) / spent if spent else 0.0
-    speed, best = smoothed(data.speed[1]), status.get("best")
-    tiles = [
-        tile(text(state), _of(done, steps), _KINDS.get(state, "bad")),
-        _number(smoothed(data.loss[1]), "loss, mean of the last 50 steps"),
-        _number(best["val_loss"], f"best validation, step {best['step']}") if _whole(best) else "",
-        _number(speed, "samples per second", "{:.3g}"),
-        tile(f"{share:.1%}", "of the time waiting for data", "odd" if share > 0.1 else ""),
-        tile(_span(spent), "in steps"),
-        tile(_span(totals.get("validation_seconds", 0.0)), "in validation"),
-        tile(_span(totals.get("save_seconds", 0.0)), "waiting for checkpoints"),
-        tile(f"{data.memory / 2**30:.1f} GiB", "peak on the GPU") if data.memory else "",
-        tile(_left(data, done, steps), "left") if state == "running" and spent else "",
-        tile(len(data.odd), "skipped steps and spikes", "odd") if data.odd else "",
-    ]
-    message = status.get("message") or ""
-    where = " · ".join(f"{text(str(status[key]))}" for key in ("device", "host") if status.get(key))
-    ranks = status.get("world_size")
-    where += f" · {ranks} ranks" if isinstance(ranks, int) and ranks > 1 else ""
-    now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+def _head(name: str, status: Status, data: RunData) -> str:
+    """What runs, how far it is, and when it ends or ended."""
+    of = f" of {status.steps:,} ({status.step / status.steps:.0%})" if status.steps else ""
+    words = [f"step {status.step:,}{of}"]
+    if status.seconds_left is not None:
+        words.append(f"{_span(status.seconds_left)} left")
+    elif (ended := _last(status, data)) is not None and status.state != "running":
+        words.append(f"ended {_moment(ended)}")
+    ranks = f"{status.world_size} ranks" if (status.world_size or 0) > 1 else ""
+    where = [status.device, ranks, status.host, f"page written {_moment(time.time())}"]
     return (
-        f"<h1>{text(run.resolve().name)}</h1>"
-        f'<div class="soft">sparsemae run · {where} · page written {now}</div>'
-        + (f'<p class="bad"><b>{text(str(message))}</b></p>' if message else "")
-        + f'<div class="tiles">{"".join(tiles)}</div>'
+        f"<h1>{text(name)}</h1>"
+        f'<div class="soft">sparsemae run · {" · ".join(map(text, filter(None, where)))}</div>'
+        f'<p class="state {_KINDS.get(status.state, "bad")}"><b>{status.state}</b>'
+        f" · {' · '.join(words)}</p>"
+        + (f'<p class="bad"><b>{text(status.message)}</b></p>' if status.message else "")
     )
 
 
+def _tiles(status: Status, data: RunData) -> str:
+    totals, best, tiles = data.totals, status.best, []
+    if status.loss is not None:
+        tiles.append(tile(f"{status.loss:.4g}", "loss, mean of the last 50 steps"))
+    if best is not None:
+        label = f"best validation loss, step {best['step']:,}"
+        tiles.append(tile(f"{best['val_loss']:.4g}", label))
+    if status.samples_per_second is not None:
+        tiles.append(tile(f"{status.samples_per_second:.3g}", "samples per second"))
+    if spent := totals["seconds"]:
+        share = totals["wait_seconds"] / spent
+        tiles.append(
+            tile(f"{share:.1%}", "of the time waiting for data", "odd" if share > _MUCH else "")
+        )
+    last = _last(status, data)
+    if status.started is not None and last is not None:
+        tiles.append(tile(_span(max(0.0, last - status.started)), "since the first start"))
+    tiles += [
+        tile(_span(spent), "in steps"),
+        tile(_span(totals["validation_seconds"]), "in validation"),
+        tile(_span(totals["save_seconds"]), "waiting for checkpoints"),
+    ]
+    if data.memory:
+        tiles.append(tile(f"{data.memory / 2**30:.1f} GiB", "peak on the GPU"))
+    if data.marks:
+        tiles.append(tile(len(data.marks), _ODD.lower(), "odd", _ODD))
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _last(status: Status, data: RunData) -> float | None:
+    """When the run was last heard of, in unix seconds; a killed one wrote logs after its status."""
+    return max(filter(None, (status.updated, data.written)), default=None)
+
+
 def _curves(data: RunData) -> Iterator[str]:
-    marks = [("skipped" if o.get("skipped") else "spike", o["step"]) for o in data.odd]
+    kinds = {kind for kind, _ in data.marks}
+    marks = "".join(f', <b class="legend {kind}">{kind}</b>' for kind in sorted(kinds))
     loss = [Curve("training", *data.loss), Curve("validation", *data.val_loss, kind="points")]
-    yield figure("Loss; black: validation", draw_curves("loss", loss, marks=marks))
+    yield _chart(
+        'Loss: <b class="legend main">training</b>, <b class="legend points">validation</b>'
+        + marks,
+        draw_curves("loss", loss, marks=data.marks),
+    )
     lr = [Curve("learning rate", *data.lr)]
-    yield figure("Learning rate", draw_curves("learning rate", lr, floor=0))
+    yield _chart("Learning rate", draw_curves("learning rate", lr, floor=0))
     norm = [Curve("gradient norm", *data.grad_norm)]
-    yield figure("Gradient norm before clipping", draw_curves("gradient norm", norm, marks=marks))
+    drawn = draw_curves("gradient norm", norm, marks=data.marks)
+    yield _chart(f"Gradient norm before clipping{marks}", drawn)
     speed = [Curve("samples per second", *data.speed)]
-    yield figure("Samples per second", draw_curves("samples per second", speed, floor=0))
-    wait = [Curve("share", data.wait[0], 100 * data.wait[1])]
-    yield figure("Waiting for data, % of a step", draw_curves("waiting for data", wait, floor=0))
+    yield _chart("Samples per second", draw_curves("samples per second", speed, floor=0))
+    wait = [Curve("%", data.wait[0], 100 * data.wait[1])]
+    yield _chart("Waiting for data, % of a step", draw_curves("waiting for data", wait, floor=0))
+
+
+def _chart(caption: str, drawn: str) -> str:
+    """With a caption that is HTML."""
+    return f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>"
 
 
 def _odd(data: RunData) -> str:
     if not data.odd:
         return ""
     rows = "".join(
-        f'<tr><td class="n">{o["step"]}</td><td>{"skipped" if o.get("skipped") else "spike"}</td>'
-        f"<td>{text(_value(o.get('loss')))}</td><td>{text(_value(o.get('grad_norm')))}</td>"
-        f"<td>{text(', '.join(map(str, o.get('cases') or [])))}</td></tr>"
-        for o in data.odd[: -_ROWS - 1 : -1]
+        f'<tr><td class="n">{line["step"]:,}</td>'
+        f"<td>{'skipped' if line.get('skipped') else 'spike'}</td>"
+        f"<td>{_value(line.get('loss'))}</td><td>{_value(line.get('grad_norm'))}</td>"
+        f"<td>{_names(line.get('cases'))}</td></tr>"
+        for line in reversed(data.odd)
     )
-    which = f"The last {_ROWS} of {len(data.odd)}" if len(data.odd) > _ROWS else "All"
+    more = len(data.marks) > len(data.odd)
+    which = f"The last {len(data.odd)} of {len(data.marks)}" if more else "All"
     return (
-        '<h2>Skipped steps and spikes</h2><p class="soft">Skipped: loss or gradient were not '
+        f'<h2 id="{anchor(_ODD)}">{_ODD}</h2><p class="soft">Skipped: loss or gradient were not '
         "finite, so nothing was updated. Spike: the loss was far above its running mean. "
-        f"{which}, newest first; in full: {METRICS}.</p><table><tr>"
+        f'{which}, newest first; in full: {METRICS}.</p><div class="wide"><table><tr>'
         '<th class="n">step</th><th>what</th><th>loss</th><th>gradient norm</th><th>cases</th></tr>'
-        f"{rows}</table>"
+        f"{rows}</table></div>"
     )
+
+
+def _names(cases: Any) -> str:
+    """All of a step's, a line each, behind the first."""
+    if not isinstance(cases, list) or not cases:
+        return ""
+    first, *others = (text(str(case)) for case in cases[:_CASES])
+    if not others:
+        return first
+    left = len(cases) - 1 - len(others)
+    rest = "<br>".join([*others, *([f"and {left} others"] if left else [])])
+    return f"<details><summary>{first}, and {len(cases) - 1} more</summary>{rest}</details>"
 
 
 def _history(data: RunData) -> str:
     if not data.history:
         return ""
     rows = "".join(
-        f'<tr><td class="key">{_moment(event.get("time"))}</td><td class="n">{event["step"]}</td>'
+        f'<tr><td class="key">{_moment(event.get("time"))}</td>'
+        f'<td class="n">{event["step"]:,}</td>'
         f"<td>{text(str(event.get('event', '')))}</td>"
         f"<td>{text(str(event.get('message', '')))}</td></tr>"
-        for event in data.history[: -_ROWS - 1 : -1]
+        for event in reversed(data.history)
     )
     return (
-        f'<h2>History</h2><p class="soft">Newest first; in full: {HISTORY}.</p><table><tr>'
-        f'<th>time</th><th class="n">step</th><th>event</th><th></th></tr>{rows}</table>'
+        f'<h2>History</h2><p class="soft">Newest first; in full: {HISTORY}.</p>'
+        '<div class="wide"><table><tr><th>time</th><th class="n">step</th><th>event</th><th></th>'
+        f"</tr>{rows}</table></div>"
     )
 
 
@@ -150,41 +193,20 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, objec
             yield f"{prefix}{key}", value
 
 
-def _number(value: Any, label: str, how: str = "{:.4f}") -> str:
-    return "" if value is None else tile(how.format(value), label)
-
-
-def _whole(best: Any) -> bool:
-    return (
-        isinstance(best, dict)
-        and isinstance(best.get("val_loss"), float | int)
-        and isinstance(best.get("step"), int)
-    )
-
-
-def _of(done: int, steps: Any) -> str:
-    return f"step {done:,} of {steps:,}" if isinstance(steps, int) else f"step {done:,}"
-
-
-def _left(data: RunData, done: int, steps: Any) -> str:
-    """From the speed of late, validations and checkpoints included."""
-    if not isinstance(steps, int) or not data.speed.size:
-        return "unknown"
-    whole = sum(data.totals.get(k, 0.0) for k in ("seconds", "save_seconds", "validation_seconds"))
-    return _span(whole / max(1, data.speed.shape[1]) * (steps - done))
-
-
 def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return str(timedelta(seconds=round(seconds)))
+    seconds = min(seconds, _LONGEST)
+    return f"{seconds:.3g} s" if seconds < 120 else str(timedelta(seconds=round(seconds)))
 
 
 def _moment(seconds: Any) -> str:
-    if not isinstance(seconds, int | float):
+    """Unix seconds as local time; nothing if they are none."""
+    if number(seconds) is None:
         return ""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):  # beyond the years that a clock knows
+        return ""
 
 
 def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "not finite"
+    return "not finite" if number(value) is None else f"{value:.4g}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -41,22 +42,22 @@ def test_a_running_one_tells_how_far_it_is(run):
     assert (found.state, found.step, found.steps, found.checkpoint) == ("running", 60, 100, 50)
     assert found.loss == pytest.approx(sum(1 / i for i in range(11, 61)) / 50)
     assert found.seconds_per_step == 2.0
-    text = describe(run, found)
+    text = describe(found).split("\n")
     assert text[0] == f"{run}: running, step 60 of 100 (60%)"
-    assert "2 s per step, 0:01:20 left" in text
+    assert "2 s per step, 0:01:26 left" in text
     assert "best validation 0.5000 at step 50" in text
 
 
 def test_one_without_a_process_was_killed(run):
     found = read_status(run)
     assert found.state == "killed"
-    assert describe(run, found)[-1].endswith(f"sparsemae pretrain /s -o {run} --resume")
+    assert describe(found).split("\n")[-1].endswith(f"sparsemae pretrain /s -o {run} --resume")
 
 
 @pytest.mark.parametrize("state", ["preempted", "interrupted", "failed", "finished"])
 def test_one_that_ended_says_what_to_do(run, state):
     status(run, state=state, message="disk full" if state == "failed" else "", exit_code=1)
-    text = describe(run, read_status(run))
+    text = describe(read_status(run)).split("\n")
     assert state in text[0]
     assert ("--resume" in text[-1]) == (state != "finished")
     assert ("disk full" in text) == (state == "failed")
@@ -71,7 +72,7 @@ def test_without_a_status_the_logs_tell(run, content):
         (run / "status.json").write_bytes(content)
     found = read_status(run)
     assert (found.state, found.step) == ("unknown", 60)
-    assert "status.json is missing or damaged" in describe(run, found)[-1]
+    assert "status.json is missing or damaged" in describe(found).split("\n")[-1]
 
 
 def test_a_log_cut_in_a_line_is_read_to_the_line_before(run):
@@ -90,6 +91,40 @@ def test_only_the_end_of_a_long_log_is_read(run, monkeypatch):
     found = read_status(run)
     assert (found.step, found.loss) == (19_999, 0.25)
     assert len(read) < 2000
+
+
+def test_lines_longer_than_usual_are_found_at_the_end(run):
+    cases = [f"{i:0100}" for i in range(3000)]
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in (61, 62):
+            line = {"step": step, "loss": 9.0, "lr": 0.1, "grad_norm": 1.0, "spike": True}
+            file.write(json.dumps(line | {"cases": cases}) + "\n")
+    found = read_status(run)
+    assert found.step == 62
+    assert found.loss == pytest.approx((18 + sum(1 / i for i in range(13, 61))) / 50)
+
+
+def test_one_that_ended_while_it_was_looked_at_was_not_killed(run, monkeypatch):
+    def ends(path):
+        status(run, state="finished")
+        return False
+
+    monkeypatch.setattr("sparsemae.status.is_locked", ends)
+    assert read_status(run).state == "finished"
+
+
+def test_what_to_type_survives_names_with_spaces(run):
+    status(run, store="/my data/it's")
+    moved = run.rename(run.with_name("a run"))
+    last = describe(read_status(moved)).split("\n")[-1]
+    words = shlex.split(last.partition("; ")[2])
+    assert words == ["sparsemae", "pretrain", "/my data/it's", "-o", str(moved), "--resume"]
+
+
+def test_speed_is_told_in_samples_too(run):
+    times = [{"step": i, "seconds": 2.0, "samples": 6} for i in range(1, 61)]
+    (run / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
+    assert "2 s per step, 3 samples per second" in describe(read_status(run)).split("\n")
 
 
 def test_no_run_is_an_error(tmp_path):

@@ -1,6 +1,8 @@
 """Curves over the steps of a run. Thinned out, but no spike gets lost: the band behind a line goes
 from the least to the largest value of the steps it stands for."""
 
+import html
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +12,29 @@ from jaxtyping import Float
 
 from sparsemae.reporting.svg import Scale, points, svg, widened
 
-_WIDTH, _HEIGHT = 640, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 26  # around the drawing area
+STYLE = """
+.curves { display: grid; gap: 20px 32px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)) }
+.curve { position: relative } .curve svg { max-width: none; touch-action: pan-y }
+.curve output { position: absolute; top: -20px; right: 0; padding-left: 8px; background: #fff;
+  font-size: 12px; font-variant-numeric: tabular-nums }
+.curve .band { fill: var(--blue); opacity: .18 }
+.curve .main { stroke: var(--blue); stroke-width: 1.3 } .curve circle.main { fill: var(--blue) }
+.curve .points { stroke: var(--ink); stroke-width: 1.3 } .curve circle.points { fill: var(--ink) }
+.skipped { stroke: var(--red); stroke-width: 2 } .spike { stroke: #d28a00; stroke-width: 2 }
+.cursor { stroke: var(--soft); stroke-dasharray: 3 3 }
+.legend { font-weight: 600 } .legend.main { color: var(--blue) }
+.legend.points { color: var(--ink) }
+.legend.skipped { color: var(--red) } .legend.spike { color: #a86e00 }
+@media (max-width: 600px) { .curve svg text { font-size: 15px }
+  .curve output { position: static; display: block; min-height: 18px; padding: 0 } }
+"""
+
+_WIDTH, _HEIGHT = 520, 200
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 10, 26  # around the drawing area
 _BINS = 300
 _LOG_DECADES = 1.5  # a positive curve that spans more is drawn on a logarithmic axis
+_DECADES = 6  # that have a number on the axis, at most about
 
 
 @dataclass(frozen=True)
@@ -22,26 +43,25 @@ class Curve:
 
     name: str
     steps: Float[np.ndarray, "n"]
-    values: Float[np.ndarray, "n"]
+    values: Float[np.ndarray, "n"]  # finite
     kind: str = "main"  # CSS class; "points" is drawn with a dot at each step
 
 
 def draw_curves(
     label: str, curves: Sequence[Curve], *, marks: Sequence[tuple[str, float]] = (), floor=None
 ) -> str:
-    """A chart of curves that share their axes.
+    """A chart of curves that share their axes; a pointer over it reads values off.
 
     Args:
         marks: Kind (CSS class) and step of what is worth a mark at the foot of the chart.
-        floor: The least value of the axis, if it has one by nature.
+        floor: The least value of the axis, if it has one by nature; then it is never logarithmic.
     """
     curves = [curve for curve in curves if len(curve.steps)]
     if not curves:
         return '<p class="soft">Nothing yet.</p>'
     thinned = [_thinned(curve) for curve in curves]
-    first = min(t[0][0] for t in thinned)
-    last = max(t[0][-1] for t in thinned)
-    x = Scale(*widened(first, last), _LEFT, _WIDTH - _RIGHT)
+    ends = [t[0][i] for t in thinned for i in (0, -1)] + [step for _, step in marks]
+    x = Scale(*widened(min(ends), max(ends)), _LEFT, _WIDTH - _RIGHT)
     low, high = min(t[2].min() for t in thinned), max(t[3].max() for t in thinned)
     y = _Vertical(float(low), float(high), floor)
     shapes = _frame(x, y)
@@ -51,32 +71,50 @@ def draw_curves(
             band = np.concatenate([most, least[::-1]])
             shapes.append(f'<polygon class="band" points="{y.points(x, edge, band)}"/>')
         line = y.points(x, steps, mean)
-        name = f"<title>{curve.name}</title>"
-        shapes.append(f'<polyline class="{curve.kind}" points="{line}">{name}</polyline>')
+        shapes.append(f'<polyline class="{curve.kind}" points="{line}"/>')
         if curve.kind == "points" or len(steps) == 1:
             places = (place.split(",") for place in line.split())
             shapes += [
-                f'<circle class="{curve.kind}" cx="{a}" cy="{b}" r="2.5"/>' for a, b in places
+                f'<circle class="{curve.kind}" cx="{a}" cy="{b}" r="2.2"/>' for a, b in places
             ]
     foot = _HEIGHT - _BOTTOM
-    for kind, step in marks[-_BINS:]:
-        at = f'x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{foot}" y2="{foot - 9}"'
-        shapes.append(f'<line class="{kind}" {at}><title>{kind} at step {step}</title></line>')
-    return svg(label, shapes, (_WIDTH, _HEIGHT))
+    for kind, place in dict.fromkeys((kind, round(x(step))) for kind, step in marks):
+        at = f'x1="{place}" x2="{place}" y1="{foot}" y2="{foot - 9}"'
+        shapes.append(f'<line class="{kind}" {at}/>')
+    drawn = svg(label, shapes, (_WIDTH, _HEIGHT))
+    read = html.escape(json.dumps(_readable(x, curves, thinned), separators=(",", ":")))
+    return f'<div class="curve" data-read="{read}"><output></output>{drawn}</div>'
+
+
+def _readable(x: Scale, curves: Sequence[Curve], thinned: Sequence[tuple]) -> list[dict]:
+    """What the pointer reads off: places, and step, mean, least and largest value at each."""
+    return [
+        {
+            "name": curve.name,
+            "x": [round(x(step), 1) for step in steps.tolist()],
+            "steps": steps.round().astype(int).tolist(),
+            "values": [
+                [f"{v:.3g}" for v in ((mean,) if least == most else (mean, least, most))]
+                for mean, least, most in zip(*(a.tolist() for a in values), strict=True)
+            ],
+        }
+        for curve, (steps, *values) in zip(curves, thinned, strict=True)
+    ]
 
 
 class _Vertical:
     """The vertical axis, logarithmic if the values ask for it."""
 
     def __init__(self, low: float, high: float, floor: float | None):
-        self.log = low > 0 and math.log10(high / low) > _LOG_DECADES
+        self.log = floor is None and low > 0 and math.log10(high / low) > _LOG_DECADES
         if self.log:
             low, high = math.log10(low), math.log10(high)
+        elif floor is not None:
+            low, high = floor, max(high, floor + 1e-9) if high > floor else floor + 1
         else:
-            low, high = widened(low if floor is None else min(low, floor), high)
-            low = low if floor is None else max(low, floor)
+            low, high = widened(low, high)
         room = 0.04 * (high - low)
-        bottom = low if floor is not None and not self.log else low - room
+        bottom = low if floor is not None else low - room
         self.scale = Scale(bottom, high + room, _HEIGHT - _BOTTOM, _TOP)
 
     def points(self, x: Scale, steps: np.ndarray, values: np.ndarray) -> str:
@@ -86,10 +124,12 @@ class _Vertical:
         """Place and text."""
         if not self.log:
             return [(self.scale(t), f"{round(t, 12):g}") for t in self.scale.ticks(5)]
-        decades = range(math.ceil(self.scale.low), math.floor(self.scale.high) + 1)
-        steps = (1,) if len(decades) > 3 else (1, 2, 5)
-        values = [n * 10.0**d for d in range(decades.start - 1, decades.stop) for n in steps]
-        inside = [v for v in values if self.scale.low <= math.log10(v) <= self.scale.high]
+        low, high = self.scale.low, self.scale.high
+        first, last = math.ceil(low), math.floor(high)
+        each = 1 + (last - first) // _DECADES
+        within = (1,) if last - first > 2 else (1, 2, 5)
+        values = [n * 10.0**d for d in range(first - 1, last + 1, each) for n in within]
+        inside = [v for v in values if low <= math.log10(v) <= high]
         return [(self.scale(math.log10(v)), f"{v:g}") for v in inside]
 
 
@@ -114,8 +154,8 @@ def _frame(x: Scale, y: _Vertical) -> list[str]:
         at = f'y1="{place:.1f}" y2="{place:.1f}"'
         shapes.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {at}/>')
         shapes.append(f'<text class="y" x="{_LEFT - 5}" y="{place + 3.5:.1f}">{words}</text>')
-    for tick in x.ticks(6):
+    for tick in x.ticks(5):
         if tick == int(tick):
-            at = f'x="{x(tick):.1f}" y="{_HEIGHT - 8}"'
+            at = f'x="{x(tick):.1f}" y="{_HEIGHT - 7}"'
             shapes.append(f'<text class="x" {at}>{int(tick):,}</text>')
     return shapes

@@ -1,7 +1,6 @@
 """A few patches and what the model makes of them, kept small for the report of a run."""
 
 import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ Triple = tuple[int, int, int]
 MOST_VOXELS = 6_000_000  # of a volume; larger ones are averaged down
 MOST_ROWS = 4  # of the picture
 _HIDDEN = "#30343b"  # where a voxel is masked
+_LETTERS, _LAST_LETTER = 36, "\u024f"  # of a case's name in the picture; the last of Latin
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,25 @@ def load_preview(run: Path) -> StoredPreview | None:
                 visible=arrays["visible"],
                 spacing=arrays["spacing"],
             )
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+    except Exception:  # whatever damaged bytes make of zip, zlib and numpy's headers
         return None
-    volumes = stored.original, stored.reconstruction
-    whole = (
-        all(v.ndim == 4 and v.dtype == np.uint8 for v in volumes)
-        and volumes[0].shape == volumes[1].shape
-        and stored.visible.ndim == 4
-        and len(stored.cases) == len(stored.visible) == len(volumes[0]) > 0
-        and stored.spacing.shape == (len(stored.cases), 3)
+    return stored if _whole(stored) else None
+
+
+def _whole(stored: StoredPreview) -> bool:
+    volumes, visible = (stored.original, stored.reconstruction), stored.visible
+    if any(a.ndim != 4 or not a.size for a in (*volumes, visible)):
+        return False
+    count = len(stored.cases)
+    return (
+        all(v.dtype == np.uint8 and v.shape == volumes[0].shape for v in volumes)
+        and visible.dtype == bool
+        and not any(n % g for n, g in zip(volumes[0].shape[1:], visible.shape[1:], strict=True))
+        and count == len(visible) == len(volumes[0])
+        and stored.spacing.shape == (count, 3)
+        and stored.spacing.dtype.kind == "f"
+        and bool((np.isfinite(stored.spacing) & (stored.spacing > 0)).all())
     )
-    return stored if whole else None
 
 
 def _stored(preview: Preview) -> StoredPreview:
@@ -116,17 +124,18 @@ def _stored(preview: Preview) -> StoredPreview:
 
 
 def _factors(shape: Triple, block_size: Triple) -> Triple:
-    """How many voxels become one along each axis: halves of a cell's width, while it is too large.
+    """How many voxels become one along each axis: parts of a cell's width, while it is too large.
 
     Cells stay whole, so that the mask stays exact.
     """
     factors = [1, 1, 1]
     while np.prod(shape) / np.prod(factors) > MOST_VOXELS:
-        able = [a for a in range(3) if block_size[a] % (2 * factors[a]) == 0]
+        able = [axis for axis in range(3) if factors[axis] < block_size[axis]]
         if not able:
             break
         axis = max(able, key=lambda a: shape[a] / factors[a])
-        factors[axis] *= 2
+        left = block_size[axis] // factors[axis]
+        factors[axis] *= next(n for n in range(2, left + 1) if left % n == 0)
     return tuple(factors)
 
 
@@ -168,7 +177,13 @@ def _picture(stored: StoredPreview) -> bytes:
             if row == 0:
                 axes.set_title(title, color="white")
             if column == 0:
-                axes.set_ylabel(stored.cases[row], color="white", parse_math=False)
+                axes.set_ylabel(_short(stored.cases[row]), color="white", parse_math=False)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=90)
     return file.getvalue()
+
+
+def _short(case: str) -> str:
+    """What has room beside a picture, in letters that its font is sure to have."""
+    case = "".join(c if c.isprintable() and c <= _LAST_LETTER else "?" for c in case)
+    return case if len(case) <= _LETTERS else f"{case[: _LETTERS // 2]}…{case[-_LETTERS // 2 :]}"

@@ -2,11 +2,12 @@
 
 import contextlib
 import json
-import math
 import os
 import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,62 +16,76 @@ from jaxtyping import Float
 
 from sparsemae.runfiles import CONFIG, HISTORY, METRICS, STATUS, TIMING
 
-_END = 2**16  # bytes of a log that are its end
+KEPT = 20  # events and odd steps, the newest
+_ENDS = (2**16, 2**20, 2**24)  # bytes of a log that are its end, if lines are short, long, huge
+_LARGEST = 1e100  # beyond, a number is as good as infinite
 
 Series = Float[np.ndarray, "2 n"]  # steps, values
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunData:
     """What a run folder tells."""
 
     config: dict[str, Any]
-    status: dict[str, Any]
-    history: list[dict[str, Any]]
+    history: list[dict[str, Any]]  # the newest
     loss: Series
     lr: Series
     grad_norm: Series
     val_loss: Series
-    odd: list[dict[str, Any]]  # steps that were left out, and spikes
+    odd: list[dict[str, Any]]  # steps that were left out and spikes, the newest
+    marks: list[tuple[str, int]]  # "skipped" or "spike" and step, all of them
     speed: Series  # samples per second
     wait: Series  # share of a step
-    totals: dict[str, float] = field(default_factory=dict)  # seconds of steps, waits, saves ...
-    memory: int = 0  # bytes, peak on the GPU
+    totals: dict[str, float]  # seconds of steps, waits, saves, validations
+    memory: int  # bytes, peak on the GPU
+    written: float | None  # unix seconds of the last line
 
 
 def read_run(run: Path) -> RunData:
-    """Everything but the checkpoints and the preview of a run folder."""
-    metrics = {name: ([], []) for name in ("loss", "lr", "grad_norm", "val_loss")}
-    odd = []
+    """Everything but status, checkpoints and preview of a run folder."""
+    metrics = {name: (array("d"), array("d")) for name in ("loss", "lr", "grad_norm", "val_loss")}
+    odd, marks = deque(maxlen=KEPT), []
     for line in lines(run / METRICS):
         for name, (steps, values) in metrics.items():
-            if (value := _number(line.get(name))) is not None:
+            if (value := number(line.get(name))) is not None:
                 steps.append(line["step"])
                 values.append(value)
         if line.get("skipped") or line.get("spike"):
             odd.append(line)
-    speed, wait, totals, memory = ([], []), ([], []), {}, 0
-    for line in lines(run / TIMING):
-        seconds = _number(line.get("seconds"))
-        if seconds is not None and seconds > 0:
-            waited, samples = (_number(line.get(k)) or 0.0 for k in ("wait_seconds", "samples"))
-            for (steps, values), value in ((speed, samples / seconds), (wait, waited / seconds)):
-                steps.append(line["step"])
-                values.append(value)
-            memory = max(memory, int(_number(line.get("memory_bytes")) or 0))
-        for key in ("seconds", "wait_seconds", "save_seconds", "validation_seconds"):
-            totals[key] = totals.get(key, 0.0) + (_number(line.get(key)) or 0.0)
+            marks.append(("skipped" if line.get("skipped") else "spike", line["step"]))
     return RunData(
         config=_toml(run / CONFIG),
-        status=status_of(run),
-        history=list(lines(run / HISTORY)),
-        odd=odd,
-        speed=np.array(speed, float),
-        wait=np.array(wait, float),
-        totals=totals,
-        memory=memory,
-        **{name: np.array(pair, float) for name, pair in metrics.items()},
+        history=list(deque(lines(run / HISTORY), KEPT)),
+        odd=list(odd),
+        marks=marks,
+        **{name: _series(pair) for name, pair in metrics.items()},
+        **_times(run),
     )
+
+
+def _times(run: Path) -> dict[str, Any]:
+    speed, wait = ((array("d"), array("d")) for _ in range(2))
+    totals = dict.fromkeys(("seconds", "wait_seconds", "save_seconds", "validation_seconds"), 0.0)
+    memory, written = 0, None
+    for line in lines(run / TIMING):
+        numbers = {key: value for key in line if (value := number(line[key])) is not None}
+        if (seconds := numbers.get("seconds", 0.0)) > 0:
+            for pair, key in ((speed, "samples"), (wait, "wait_seconds")):
+                if key in numbers:
+                    pair[0].append(line["step"])
+                    pair[1].append(numbers[key] / seconds)
+            memory = max(memory, int(numbers.get("memory_bytes", 0)))
+        for key in totals:
+            totals[key] += numbers.get(key, 0.0)
+        written = numbers.get("time", written)
+    return {
+        "speed": _series(speed),
+        "wait": _series(wait),
+        "totals": totals,
+        "memory": memory,
+        "written": written,
+    }
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -79,43 +94,47 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
         yield from filter(None, map(_parsed, file))
 
 
-def lines_at_end(path: Path) -> list[dict[str, Any]]:
-    """The last whole lines of a log, a few hundred."""
+def lines_at_end(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last whole lines of a log: more than `count`, if it has so many, and not much more."""
+    found = []
     with contextlib.suppress(OSError), path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _END))
-        return [values for line in file if (values := _parsed(line))]
-    return []
+        for length in _ENDS:
+            file.seek(max(0, size - length))
+            found = [values for line in file if (values := _parsed(line))]
+            if len(found) > 2 * count or length >= size:
+                break
+    return found
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         values = json.loads(line)
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            return values
+        if isinstance(values, dict) and isinstance(step := values.get("step"), int):
+            return values if 0 <= step < 2**53 else None
     return None
 
 
 def status_of(run: Path) -> dict[str, Any]:
     """`status.json`, or nothing."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         values = json.loads((run / STATUS).read_bytes())
         if isinstance(values, dict):
             return values
     return {}
 
 
-def smoothed(values: np.ndarray, count: int = 50) -> float | None:
-    """The mean of the last values, None if there is none."""
-    return float(values[-count:].mean()) if len(values) else None
+def number(value: Any) -> float | None:
+    """The value, if it is a finite number."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if good and abs(value) < _LARGEST else None
 
 
-def _number(value: Any) -> float | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if good else None
+def _series(pair: Iterable[array]) -> Series:
+    return np.stack([np.asarray(numbers) for numbers in pair])
 
 
 def _toml(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        return tomllib.loads(path.read_text())
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     return {}

@@ -5,8 +5,14 @@
   const viewer = document.getElementById("viewer");
   if (!viewer) return;
   const note = document.getElementById("viewer-note");
+  const fail = (words) => {
+    note.textContent = words;
+    note.hidden = false;
+    viewer.hidden = true;
+  };
   if (typeof DecompressionStream === "undefined") {
-    note.textContent = "This browser cannot unpack the volumes; use one from 2023 or later.";
+    fail("This browser cannot unpack the volumes (it lacks DecompressionStream): use one from " +
+      "2023 or later.");
     return;
   }
   const data = JSON.parse(document.getElementById("volumes").textContent);
@@ -85,7 +91,7 @@
       button.setAttribute("aria-pressed", button.dataset.plane === state.plane);
     for (const [side, letter] of Object.entries({ left, right, top, bottom }))
       for (const label of viewer.querySelectorAll(`.${side}`)) label.textContent = letter;
-    draw();
+    draw().catch((error) => fail(`The volumes in this page are damaged: ${error}`));
   };
   const middle = () => {
     state.slice = Math.floor(data.shape[PLANES[state.plane][0]] / 2);
@@ -108,7 +114,7 @@
       event.preventDefault();
       move(event.deltaY < 0 ? 1 : -1);
     }, { passive: false });
-  note.remove();
+  note.hidden = true;
   viewer.hidden = false;
   middle();
 })();

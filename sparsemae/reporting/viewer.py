@@ -4,16 +4,20 @@ import base64
 import gzip
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 
 import numpy as np
 
 from sparsemae.reporting.page import text
 from sparsemae.reporting.preview import StoredPreview
+from sparsemae.runfiles import PREVIEW
 
+SCRIPTS = ("viewer.js", "curves.js")
 STYLE = """
 #viewer { outline-offset: 4px; max-width: 1100px }
-.controls { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: center; margin: 8px 0 }
+.controls { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: center; padding: 8px 0;
+  background: #fff }
 .controls button, .controls select { font: inherit; padding: 3px 12px; border-radius: 6px;
   border: 1px solid var(--line); background: #fff; color: var(--ink); max-width: 100% }
 .controls button[aria-pressed="true"] { background: var(--blue); border-color: var(--blue);
@@ -27,7 +31,8 @@ STYLE = """
   text-shadow: 0 0 3px #000, 0 0 3px #000; pointer-events: none }
 .view .left { left: 5px; top: 50% } .view .right { right: 5px; top: 50% }
 .view .top { top: 5px; left: 50% } .view .bottom { bottom: 5px; left: 50% }
-@media (max-width: 700px) { .views { grid-template-columns: minmax(0, 1fr) } }
+@media (max-width: 700px) { .views { grid-template-columns: minmax(0, 1fr) }
+  .controls { position: sticky; top: 0; z-index: 1 } }
 """
 
 _VIEWS = {
@@ -38,19 +43,22 @@ _VIEWS = {
 
 
 def script() -> tuple[str, str]:
-    """The viewer's script element, and the SHA-256 in base64 that lets a page run it."""
-    code = (files("sparsemae.reporting") / "viewer.js").read_text()
+    """The page's script element, and the SHA-256 in base64 that lets a page run it."""
+    folder = files("sparsemae.reporting")
+    code = "".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
     digest = hashlib.sha256(code.encode()).digest()
     return f"<script>{code}</script>", base64.b64encode(digest).decode()
 
 
-def draw_viewer(preview: StoredPreview | None) -> str:
-    """Three views of one slice, with plane, slice and case to choose."""
+def draw_viewer(preview: StoredPreview | None, *, damaged: bool = False) -> str:
+    """Three views of one slice, with plane, slice and case to choose.
+
+    Args:
+        damaged: There is none because its file cannot be read.
+    """
     if preview is None:
-        return (
-            '<p class="soft">No volumes to show yet: they come with the first checkpoint after a '
-            "step, and again if preview.npz is damaged.</p>"
-        )
+        why = f"{PREVIEW} is damaged: the next" if damaged else "No volumes to show yet: the first"
+        return f'<p class="soft">{why} checkpoint of a run that trains brings them.</p>'
     data = {
         "shape": preview.original.shape[1:],
         "grid": preview.visible.shape[1:],
@@ -64,9 +72,6 @@ def draw_viewer(preview: StoredPreview | None) -> str:
             for i in range(len(preview.cases))
         ],
     }
-    options = "".join(
-        f'<option value="{i}">{text(c)}</option>' for i, c in enumerate(preview.cases)
-    )
     planes = "".join(
         f'<button type="button" data-plane="{plane}">{plane}</button>'
         for plane in ("axial", "coronal", "sagittal")
@@ -82,13 +87,21 @@ def draw_viewer(preview: StoredPreview | None) -> str:
     return (
         f'<p class="soft" id="viewer-note">Unpacking the volumes needs JavaScript.</p>'
         f'<div id="viewer" tabindex="0" hidden><div class="controls">{planes}'
-        f'<select id="item" aria-label="case">{options}</select>'
+        f"{_choice(preview.cases)}"
         f'<input id="slice" type="range" min="0" value="0" aria-label="slice">'
         f'<output id="shown"></output></div><div class="views">{views}</div>'
         f'<p class="soft">Fixed patches with fixed masks, at step {preview.step}; never trained on '
         "if cases are held out. Left is left. Slider, mouse wheel or arrow keys change the slice."
         f'</p></div><script type="application/json" id="volumes">{json.dumps(data)}</script>'
     )
+
+
+def _choice(cases: Sequence[str]) -> str:
+    """Of a case, if there is one."""
+    if len(cases) == 1:
+        return f"<span>{text(cases[0])}</span>"
+    options = "".join(f'<option value="{i}">{text(case)}</option>' for i, case in enumerate(cases))
+    return f'<select id="item" aria-label="case">{options}</select>'
 
 
 def _packed(array: np.ndarray) -> str:

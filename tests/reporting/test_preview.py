@@ -41,14 +41,24 @@ def test_large_volumes_are_averaged_down_in_whole_cells(tmp_path, monkeypatch):
     assert np.corrcoef(found.original.ravel(), mean.ravel())[0, 1] > 0.99
 
 
-def test_cells_that_cannot_be_halved_keep_the_volume(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("most", "side"), [(30, 3), (700, 9)])
+def test_cells_of_any_width_become_smaller_as_a_whole(tmp_path, monkeypatch, most, side):
+    monkeypatch.setattr(module, "MOST_VOXELS", most)
+    volume = np.zeros((1, 9, 9, 9), np.float32)  # constant, too
+    visible = np.ones((1, 3, 3, 3), bool)
+    save_preview(tmp_path, Preview(1, ("a",), volume, volume, visible, (3,) * 3, np.ones((1, 3))))
+    found = load_preview(tmp_path)
+    assert found.original.size <= most
+    assert min(found.original.shape[1:]) == 3
+    assert max(found.original.shape[1:]) == side
+    assert np.array_equal(found.visible, visible)
+
+
+def test_a_volume_of_cells_of_one_voxel_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MOST_VOXELS", 10)
-    volume = np.zeros((1, 9, 9, 9), np.float32)
-    made = Preview(
-        1, ("a",), volume, volume, np.ones((1, 3, 3, 3), bool), (3,) * 3, np.ones((1, 3))
-    )
-    save_preview(tmp_path, made)  # constant, too
-    assert load_preview(tmp_path).original.shape == (1, 9, 9, 9)
+    volume, visible = np.zeros((1, 3, 3, 3), np.float32), np.ones((1, 3, 3, 3), bool)
+    save_preview(tmp_path, Preview(1, ("a",), volume, volume, visible, (1,) * 3, np.ones((1, 3))))
+    assert load_preview(tmp_path).original.shape == (1, 3, 3, 3)
 
 
 def test_the_picture_shows_what_is_hidden(tmp_path, make_preview):
@@ -59,6 +69,42 @@ def test_the_picture_shows_what_is_hidden(tmp_path, make_preview):
     assert 0.02 < hidden.mean() < 0.4
 
 
+def test_a_bit_that_flips_anywhere_raises_nothing(tmp_path, make_preview):
+    save_preview(tmp_path, make_preview(cases=("a",), shape=(8, 8, 8)))
+    file = tmp_path / "preview.npz"
+    whole = file.read_bytes()
+    kept = 0
+    for place in range(0, len(whole), 3):
+        harmed = bytearray(whole)
+        harmed[place] ^= 1 << place % 8
+        file.write_bytes(harmed)
+        found = load_preview(tmp_path)
+        kept += found is not None
+        assert found is None or found.original.shape == (1, 8, 8, 8)
+    assert kept < 0.5 * len(whole) / 3  # most damage is seen
+
+
+def test_nothing_that_is_not_finite_or_long_or_foreign_breaks_the_picture(
+    tmp_path, make_preview, recwarn
+):
+    made = make_preview(cases=("$x^", "名前" * 200))
+    made.original[1, :4] = np.nan
+    made.reconstruction[:] = np.inf
+    save_preview(tmp_path, made)
+    assert load_preview(tmp_path).cases == made.cases
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
+def other(**changes):
+    """A file whose arrays do not go together."""
+
+    def harm(path):
+        with np.load(path) as arrays:
+            np.savez(path, **{**arrays, **changes})
+
+    return harm
+
+
 def pickled(path):
     np.savez(path, step=1, cases=np.array([print], dtype=object))
 
@@ -66,15 +112,19 @@ def pickled(path):
 @pytest.mark.parametrize(
     "harm",
     [
-        lambda p: p.unlink(),
-        lambda p: p.write_bytes(b""),
-        lambda p: p.write_bytes(p.read_bytes()[:-100]),
-        lambda p: p.write_bytes(p.read_bytes()[:300] + b"\xff" * 40 + p.read_bytes()[340:]),
-        lambda p: np.savez(p, step=1),
-        lambda p: np.savez(p, step=1, cases=np.array(["a"]), original=np.zeros(3)),
-        pickled,
+        pytest.param(lambda p: p.unlink(), id="gone"),
+        pytest.param(lambda p: p.write_bytes(b""), id="empty"),
+        pytest.param(lambda p: p.write_bytes(p.read_bytes()[:-100]), id="cut"),
+        pytest.param(lambda p: np.savez(p, step=1), id="less"),
+        pytest.param(other(original=np.zeros(3)), id="other shapes"),
+        pytest.param(pickled, id="pickle"),
+        pytest.param(other(spacing=np.array([[1.0, np.nan, 1.0]] * 2)), id="spacing nan"),
+        pytest.param(other(spacing=np.array([[1.0, 0.0, 1.0]] * 2)), id="spacing 0"),
+        pytest.param(other(visible=np.ones((2, 5, 4, 2), bool)), id="grid"),
+        pytest.param(other(visible=np.ones((2, 6, 4, 2), np.uint8)), id="mask type"),
+        pytest.param(other(visible=np.ones((2, 0, 4, 2), bool)), id="no cells"),
+        pytest.param(other(cases=np.array(["a"])), id="cases"),
     ],
-    ids=["gone", "empty", "cut", "damaged", "less", "other shapes", "pickle"],
 )
 def test_a_damaged_file_is_no_preview(tmp_path, make_preview, harm):
     save_preview(tmp_path, make_preview())

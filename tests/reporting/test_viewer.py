@@ -89,7 +89,7 @@ def test_it_opens_on_the_middle_axial_slice(page, make_run, make_preview):
     preview = opened(page, make_run(preview=make_preview()))
     assert_shown(page, preview, 0, "axial", 4)
     assert page.inner_text("#shown") == "axial slice 5 of 8"
-    assert page.query_selector("#viewer-note") is None
+    assert not page.is_visible("#viewer-note")
 
 
 def test_slider_keys_and_wheel_move_the_slice(page, make_run, make_preview):
