@@ -141,8 +141,8 @@ for name in $PARTS; do
             continue
         fi
         if ! "$PYTHON" -c 'import blosc2, nibabel, pydantic, safetensors, scipy' 2>>"$LOG"; then
-            files=$(grep -v '^tests/data/' <<<"$files")
-            skip "tests of the loader" "a package of the data path is missing"
+            files=$(grep -vE '^tests/(data|training)/' <<<"$files")
+            skip "tests of loader and trainer" "a package of the data path is missing"
         fi
         # shellcheck disable=SC2086
         part tests 170 "$PYTHON" -m pytest -m gpu -p no:cacheprovider -q ${TESTS-} $files || status=1

@@ -105,6 +105,7 @@ class Keeper(AbstractContextManager):
         self.progress = self.stack.enter_context(
             TrainingProgress(self.config.steps, state.step, self.console)
         )
+        self.progress.saved(state.step)
 
     def on_step(self, record: StepRecord) -> None:
         """Log and show a step."""
