@@ -11,6 +11,8 @@ import errno
 import itertools
 import os
 import stat
+import sys
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from sparsemae.errors import UserError
 from sparsemae.weights_pickle import LARGEST_PICKLE, RESAVE, SAFE_GLOBALS, check_pickle
-from sparsemae.weights_zip import AGAIN, PICKLE, check_sums, damaged, read_directory
+from sparsemae.weights_zip import AGAIN, PICKLE, Entry, check_sums, damaged, read_directory
 
 TOP_LEVEL = "top level"
 NAMES = ("network_weights", "state_dict", "model", "model_state_dict")  # where weights lie
@@ -168,6 +170,10 @@ def _read_torch(
     check_sums(file, path, entries)
     file.seek(entries[PICKLE].start)
     check_pickle(file.read(entries[PICKLE].size), path, entries)
+    if "byteorder" in entries:
+        file.seek(entries["byteorder"].start)
+        if file.read(entries["byteorder"].size) != sys.byteorder.encode():
+            raise UserError(f"{path}: saved on a machine of another byte order; {RESAVE}")
     file.seek(0)
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
@@ -180,8 +186,21 @@ def _read_torch(
             f"{path}: holds a {type(content).__name__}, not a state dict; save model.state_dict()"
         )
     kind, tensors = _state_dict(path, content)
+    _check_storages(path, tensors, entries)
     used = tensors.keys() if kind == TOP_LEVEL else {kind}
     return kind, tensors, _plain_entries(path, content, used)
+
+
+def _check_storages(
+    path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]
+) -> None:
+    """That torch found the bytes whose checksums were compared: it reads the archive on its own."""
+    known = {(entry.size, entry.crc) for entry in entries.values()}
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    for storage in {storage.data_ptr(): storage for storage in storages}.values():
+        data = torch.empty(0, dtype=torch.uint8).set_(storage)
+        if (storage.nbytes(), zlib.crc32(data.numpy())) not in known:
+            raise damaged(path, "torch reads other bytes than those checked before")
 
 
 def _state_dict(path: Path, content: Mapping[Any, Any]) -> tuple[str, dict[str, Tensor]]:

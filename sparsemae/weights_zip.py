@@ -23,6 +23,7 @@ _CHUNK = 2**20  # bytes
 _END, _END64, _LOCATOR, _LOCAL = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\3\4"
 _END_SIZE, _END64_SIZE, _LOCATOR_SIZE, _LOCAL_SIZE = 22, 56, 20, 30  # bytes
 _FLAGS = 0x0808  # sizes repeated after the data, name in UTF-8: what torch sets
+_FOLDER = 0x10  # attribute of an entry
 _NAME = re.compile(r"[\x20-\x7e]+")
 AGAIN = "copy or download it again"
 
@@ -158,6 +159,9 @@ def _check_info(path: Path, info: zipfile.ZipInfo) -> None:
             f"{path}: zip entry {info.filename} is compressed, which torch never writes; it may be "
             f"a zip bomb: check where the file comes from"
         )
+    # torch's reader leaves the memory for an entry marked as a folder as it is, and says nothing
+    if info.external_attr & _FOLDER or info.internal_attr or info.volume or info.comment:
+        raise damaged(path, f"zip entry {info.filename} is marked as a folder or other oddity")
     if info.flag_bits & ~_FLAGS:
         raise UserError(
             f"{path}: zip entry {info.filename} is encrypted or patched, which torch never writes; "
