@@ -37,6 +37,18 @@ class Started:
     def kill(self, signal, *, group=False):
         (os.killpg if group else os.kill)(self.pid, signal)
 
+    def within(self, work):
+        """Whether a slowed "validation" or "report" goes on."""
+        return Path(f"{self.out}.{work}").exists()
+
+    @property
+    def ended(self):
+        """Also a zombie, which it is until it is waited for."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except FileNotFoundError:
+            return True
+
     @property
     def printed(self):
         return self.out.read_text() if self.out.exists() else ""
@@ -59,11 +71,12 @@ class Server:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def __call__(self, *words, slow=0.0, largest=0):
+    def __call__(self, *words, slow=0.0, largest=0, memory=0):
         """Start `sparsemae WORDS`; see fork_server.py."""
         out = self.folder / f"out-{next(self.number)}.txt"
-        request = {"argv": [str(w) for w in words], "out": str(out), "slow": slow}
-        return Started(self, self.ask(request | {"largest": largest}), out)
+        limits = {"slow": slow, "largest": largest, "memory": memory}
+        request = {"argv": [str(w) for w in words], "out": str(out), **limits}
+        return Started(self, self.ask(request), out)
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +130,7 @@ def _until(condition, started, seconds=60):
     """Wait for something to be true of a run that has not ended."""
     limit = time.monotonic() + seconds
     while not condition():
-        assert Path(f"/proc/{started.pid}").exists(), started.printed
+        assert not started.ended, started.printed
         assert time.monotonic() < limit, started.printed
         time.sleep(0.001)
 

@@ -1,8 +1,12 @@
 """Runs `sparsemae` commands in children forked from a process that has imported everything.
 
 A command starts in milliseconds so, and can be killed often. Reads JSON lines: {"argv", "out",
-"slow"} starts a child in a process group of its own and answers its pid; {"wait": pid} answers its
-exit code, negative for a signal. `slow` is the seconds that each file of a checkpoint takes.
+"slow", "largest", "memory"} starts a child in a process group of its own and answers its pid;
+{"wait": pid} answers its exit code, negative for a signal.
+
+slow: seconds that half a file of a checkpoint takes; a validation and a report take 0.1, and while
+    they go on there is a file `out`.validation or `out`.report.
+largest: bytes that no file may grow beyond. memory: bytes of address space beside what is used.
 """
 
 import json
@@ -12,26 +16,35 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
+import matplotlib.figure
 import torch
+import torch._dynamo  # an optimiser imports it
 
-import sparsemae.reconstruct
-import sparsemae.report
-from sparsemae import checkpoint, cli, files, pretrain
+from sparsemae import checkpoint, cli, files, pretrain, reconstruct, report
+from sparsemae.pretraining.objective import Objective
 
+assert matplotlib
 assert pretrain
-assert sparsemae.report
+assert reconstruct
 
 
-def child(argv, out, slow, largest):
+def child(argv, out, slow, largest, memory):
     os.setsid()
     descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     if slow:
         checkpoint.write_synced = slowly(slow)
+        Objective.validate = marked(Path(f"{out}.validation"), Objective.validate)
+        report.write_run_report = marked(Path(f"{out}.report"), report.write_run_report)
     if largest:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
+    if memory:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
     sys.argv = ["sparsemae", *argv]
     try:
         cli.main()
@@ -61,6 +74,20 @@ def slowly(seconds):
     return write
 
 
+def marked(mark, work):
+    """`work`, taking longer, with a file that is there while it goes on."""
+
+    def call(*arguments):
+        mark.touch()
+        time.sleep(0.1)
+        try:
+            return work(*arguments)
+        finally:
+            mark.unlink()
+
+    return call
+
+
 def main():
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -71,7 +98,7 @@ def main():
         else:
             answer = os.fork()
             if not answer:
-                child(request["argv"], request["out"], request["slow"], request["largest"])
+                child(**request)
         print(answer, flush=True)
 
 

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 
 STOPS = 20
-TARGETS = list(itertools.product(("SIGTERM", "SIGUSR1"), (False, True), (0, 1), (0.0, 0.02)))
+WORKS = (None, "save", None, "validation")
 
 
 def status(run):
@@ -30,22 +31,35 @@ def same(run, undisturbed, run_bytes):
 def test_stops_at_random_moments(
     tmp_path, sparsemae_now, varied, undisturbed, run_bytes, until, steps_done
 ):
-    """To the process or its group, with and without workers, in and between saves."""
+    """To the process or its group, with and without workers, in saves, validations and steps."""
     chance, runs = random.Random(0), itertools.count()
-    run, stops, moments = tmp_path / f"run{next(runs)}", 0, set()
+    run, stops, moments, hit = tmp_path / f"run{next(runs)}", 0, set(), Counter()
+    targets = list(itertools.product(("SIGTERM", "SIGUSR1"), (False, True), (0, 1)))
+    chance.shuffle(targets)
     while stops < STOPS:
-        name, group, workers, slow = TARGETS[stops % len(TARGETS)]
+        name, group, workers = targets[stops % len(targets)]
+        work = WORKS[stops % len(WORKS)]
         words = varied(run, data__workers=workers)
         before = steps_done(run)
-        started = sparsemae_now(*words, slow=slow)
+        started = sparsemae_now(*words, slow=0.02 if work else 0.0)
         if before + 8 >= 24:  # too near the end
             assert started.wait() == 0, started.printed
             assert same(run, undisturbed, run_bytes)
             run = tmp_path / f"run{next(runs)}"
             continue
-        wanted = before + chance.randrange(1, 6)
-        until(lambda run=run, n=wanted: steps_done(run) >= n, started)
+        wanted = before + chance.randrange(1, 4)
+
+        def reached(run=run, started=started, work=work, wanted=wanted):
+            if work is None or steps_done(run) < wanted:
+                return steps_done(run) >= wanted
+            if work == "save":
+                return any(run.glob("checkpoints/.tmp-*"))
+            return started.within(work)
+
+        until(reached, started)
         time.sleep(chance.uniform(0, 0.05))
+        if work is not None and reached():
+            hit[work] += 1
         at = steps_done(run)
         started.kill(getattr(signal, name), group=group)
         assert started.wait() == 85, started.printed
@@ -62,6 +76,8 @@ def test_stops_at_random_moments(
     assert last.wait() == 0, last.printed
     assert same(run, undisturbed, run_bytes)
     assert status(run)["state"] == "finished"
+    print(f"{stops} stops, of them within {dict(hit)}")
+    assert min(hit["save"], hit["validation"]) >= 3
     assert len(moments) > 3
 
 
@@ -108,15 +124,31 @@ def test_ctrl_c_stops_cleanly_with_the_code_of_an_interrupt(
     assert same(run, undisturbed, run_bytes)
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path, sparsemae_now, varied, until):
+@pytest.mark.parametrize("at", ["first save", "step"])
+def test_a_second_ctrl_c_waits_for_nothing(
+    tmp_path, sparsemae_now, varied, undisturbed, run_bytes, until, steps_done, at
+):
+    """Neither for the end of a step nor for a checkpoint, which takes half a minute here."""
     run = tmp_path / "run"
-    started = sparsemae_now(*varied(run), slow=3.0)  # its first checkpoint takes seconds
-    until(lambda: list(run.glob("checkpoints/.tmp-*")), started)
+    if at == "step":
+        started = sparsemae_now(*varied(run))
+        until(lambda: steps_done(run) >= 3, started)
+        started.kill(signal.SIGKILL)
+        started.wait()
+    before = steps_done(run)
+    started = sparsemae_now(*varied(run), slow=4.0)
+    until(lambda: list(run.glob("checkpoints/.tmp-*")), started, seconds=120)
+    assert at != "step" or steps_done(run) > before
     begun = time.monotonic()
-    for _ in range(2):
-        started.kill(signal.SIGINT)
-        time.sleep(0.05)
-    code = started.wait()
-    assert code in (130, -signal.SIGINT, 1), started.printed
-    assert status(run)["state"] == "interrupted"
-    assert time.monotonic() - begun < 60
+    started.kill(signal.SIGINT, group=True)
+    time.sleep(0.05)
+    assert not started.ended
+    started.kill(signal.SIGINT, group=True)
+    assert started.wait() == 130, started.printed
+    assert time.monotonic() - begun < 10
+    assert "Traceback" not in started.printed
+    found = status(run)
+    assert (found["state"], found["exit_code"]) == ("interrupted", 130)
+    last = sparsemae_now(*varied(run))
+    assert last.wait() == 0, last.printed
+    assert same(run, undisturbed, run_bytes)
