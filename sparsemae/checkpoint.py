@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON, no pickle, committed by one rename, verified when read.
 
 A checkpoint is a folder `step-00001234` with `model.safetensors`, `optimizer.safetensors`, where
-weights are averaged `ema.safetensors`, and `meta.json`, which lists size and SHA-256 of the others
-and is written last. Whatever happens while one is written, the ones before it stay whole. The same
-state makes the same bytes.
+weights are averaged `ema.safetensors`, and `meta.json`, which lists size and SHA-256 of the others,
+ends with its own, and is written last. Whatever happens while one is written, the ones before it
+stay whole. The same state makes the same bytes.
 """
 
 import hashlib
@@ -104,7 +104,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, *, keep: int, best: int |
             write_synced(partial / name, data)
             listing[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         full = {"format": FORMAT, "step": snapshot.step, **snapshot.meta, "files": listing}
-        write_synced(partial / META, json.dumps(full, indent=1).encode())
+        write_synced(partial / META, json.dumps(sealed(full), indent=1).encode())
         sync_folder(partial)
         if final.exists():
             _remove(final)
@@ -144,6 +144,12 @@ def load_checkpoint(folder: Path, step: int | None = None) -> tuple[Checkpoint, 
 def has_checkpoints(folder: Path) -> bool:
     """Whether there is any, whole or not."""
     return bool(_folders(folder))
+
+
+def sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    """The meta with the SHA-256 of all that it says, itself not counted."""
+    body = {key: value for key, value in meta.items() if key != "sha256"}
+    return body | {"sha256": hashlib.sha256(json.dumps(body).encode()).hexdigest()}
 
 
 def clean(folder: Path) -> None:
@@ -247,6 +253,8 @@ def _verified(path: Path) -> dict[str, Any]:
             )
         if meta["format"] < FORMAT:
             raise _DamagedError(f"format {meta['format']} is of an older version of sparsemae")
+        if sealed(meta) != meta:
+            raise _DamagedError("meta.json is damaged")
         files = meta["files"].keys()
         if path.name != f"step-{meta['step']:08d}" or files - {EMA} != {MODEL, OPTIMIZER}:
             raise _DamagedError("meta.json is damaged")
@@ -265,6 +273,6 @@ def _verified(path: Path) -> dict[str, Any]:
         raise _DamagedError(f"incomplete ({error.strerror}: {missing})") from None
     except safetensors.SafetensorError as error:
         raise _DamagedError(f"not a safetensors file ({error})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _DamagedError("meta.json is damaged") from None
     return meta

@@ -17,6 +17,7 @@ from sparsemae.checkpoint import (
     load_model,
     load_optimizer,
     model_tensors,
+    sealed,
     take_snapshot,
     write_checkpoint,
 )
@@ -359,7 +360,7 @@ def test_a_file_that_is_not_safetensors_is_named_though_its_checksum_is_right(tm
     meta = json.loads((folder / "meta.json").read_text())
     digest = hashlib.sha256(data).hexdigest()
     meta["files"]["model.safetensors"] = {"size": len(data), "sha256": digest}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(sealed(meta)))
     with pytest.raises(UserError, match="not a safetensors file"):
         load_checkpoint(tmp_path)
 
