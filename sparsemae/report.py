@@ -6,7 +6,6 @@ Refreshed at every checkpoint. Its size is bounded: curves are thinned out, volu
 
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ _LONGEST = 1e9  # seconds: a clock's mistake is told as this
 _STYLE = f"""{STYLE}{CURVES}
 .state {{ font-size: 17px; margin: 10px 0 0 }} .state b {{ text-transform: capitalize }}
 .good b {{ color: #2c7a4b }}
+.tiles {{ grid-template-columns: repeat(auto-fit, minmax(max(140px, 17.5%), 1fr)) }}
+.wide table {{ min-width: 560px }}
 .settings {{ columns: 2 400px; column-gap: 40px }} .settings tr {{ break-inside: avoid }}
 """
 _KINDS = {"finished": "good", "running": "", "preempted": "odd", "interrupted": "odd"}
@@ -194,8 +195,15 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, objec
 
 
 def _span(seconds: float) -> str:
-    seconds = min(seconds, _LONGEST)
-    return f"{seconds:.3g} s" if seconds < 120 else str(timedelta(seconds=round(seconds)))
+    """Two units say enough."""
+    minutes, hours = round(min(seconds, _LONGEST) / 60), round(min(seconds, _LONGEST) / 3600)
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def _moment(seconds: Any) -> str:

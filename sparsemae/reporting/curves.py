@@ -15,10 +15,10 @@ from sparsemae.reporting.svg import Scale, points, svg, widened
 STYLE = """
 .curves { display: grid; gap: 20px 32px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)) }
-.curve { position: relative } .curve svg { max-width: none; touch-action: pan-y }
-.curve output { position: absolute; top: -20px; right: 0; padding-left: 8px; background: #fff;
-  font-size: 12px; font-variant-numeric: tabular-nums }
-.curve .band { fill: var(--blue); opacity: .18 }
+figcaption + .curve { margin-top: -2px } .curve svg { max-width: none; touch-action: pan-y }
+.curve output { display: block; min-height: 18px; font-size: 12px;
+  font-variant-numeric: tabular-nums }
+.curve .band { fill: var(--blue); opacity: .25 }
 .curve .main { stroke: var(--blue); stroke-width: 1.3 } .curve circle.main { fill: var(--blue) }
 .curve .points { stroke: var(--ink); stroke-width: 1.3 } .curve circle.points { fill: var(--ink) }
 .skipped { stroke: var(--red); stroke-width: 2 } .spike { stroke: #d28a00; stroke-width: 2 }
@@ -26,13 +26,13 @@ STYLE = """
 .legend { font-weight: 600 } .legend.main { color: var(--blue) }
 .legend.points { color: var(--ink) }
 .legend.skipped { color: var(--red) } .legend.spike { color: #a86e00 }
-@media (max-width: 600px) { .curve svg text { font-size: 15px }
-  .curve output { position: static; display: block; min-height: 18px; padding: 0 } }
+@media (max-width: 600px) { .curve svg text { font-size: 15px } }
 """
 
 _WIDTH, _HEIGHT = 520, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 10, 26  # around the drawing area
 _BINS = 300
+_DOTS = 60  # more would hide the line
 _LOG_DECADES = 1.5  # a positive curve that spans more is drawn on a logarithmic axis
 _DECADES = 6  # that have a number on the axis, at most about
 
@@ -44,7 +44,7 @@ class Curve:
     name: str
     steps: Float[np.ndarray, "n"]
     values: Float[np.ndarray, "n"]  # finite
-    kind: str = "main"  # CSS class; "points" is drawn with a dot at each step
+    kind: str = "main"  # CSS class; "points" has dots, if they are few
 
 
 def draw_curves(
@@ -72,7 +72,7 @@ def draw_curves(
             shapes.append(f'<polygon class="band" points="{y.points(x, edge, band)}"/>')
         line = y.points(x, steps, mean)
         shapes.append(f'<polyline class="{curve.kind}" points="{line}"/>')
-        if curve.kind == "points" or len(steps) == 1:
+        if (curve.kind == "points" and len(steps) <= _DOTS) or len(steps) == 1:
             places = (place.split(",") for place in line.split())
             shapes += [
                 f'<circle class="{curve.kind}" cx="{a}" cy="{b}" r="2.2"/>' for a, b in places

@@ -100,6 +100,8 @@ def _choice(cases: Sequence[str]) -> str:
     """Of a case, if there is one."""
     if len(cases) == 1:
         return f"<span>{text(cases[0])}</span>"
+    if len(set(cases)) < len(cases):  # two patches of one
+        cases = [f"{i}: {case}" for i, case in enumerate(cases, start=1)]
     options = "".join(f'<option value="{i}">{text(case)}</option>' for i, case in enumerate(cases))
     return f'<select id="item" aria-label="case">{options}</select>'
 

@@ -8,7 +8,7 @@ import pytest
 
 from sparsemae.errors import UserError
 from sparsemae.files import locked
-from sparsemae.report import write_run_report
+from sparsemae.report import _span, write_run_report
 from sparsemae.status import describe, read_status
 
 
@@ -122,10 +122,10 @@ def test_a_run_that_was_killed_is_not_said_to_run(make_run):
     )
     text = " ".join(words(written(run)).split())
     assert "killed · step 400 of 800 (50%) · ended" in text
-    assert "0:08:20 since the first start" in text  # to the last line of a log
+    assert "8 min since the first start" in text  # to the last line of a log
     with locked(run / ".lock", busy=""):
         text = " ".join(words(written(run)).split())
-    assert re.search(r"running · step 400 of 800 \(50%\) · 0:03:2\d left", text)
+    assert re.search(r"running · step 400 of 800 \(50%\) · 3 min left", text)
 
 
 def test_of_many_odd_steps_the_newest_are_listed_and_all_are_marked(make_run):
@@ -159,6 +159,25 @@ def test_losses_that_are_never_finite_leave_a_page(make_run):
     assert "The last 20 of 40" in page
     chart = page[page.index('aria-label="loss"') :].partition("</svg>")[0]  # of the validation
     assert chart.count('<line class="skipped"') == 40
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "0 s"),
+        (1.234, "1.23 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (7169, "119 min"),
+        (7171, "2 h 0 min"),
+        (65_645, "18 h 14 min"),
+        (170_000, "47 h 13 min"),
+        (172_800, "2 d 0 h"),
+        (1e99, "11574 d 2 h"),
+    ],
+)
+def test_times_are_told_in_units_that_fit(seconds, said):
+    assert _span(seconds) == said
 
 
 def test_a_run_that_has_just_begun_has_a_page(make_run):

@@ -1,5 +1,6 @@
 """The slice viewer in a real browser: from disk, offline, and the slice it shows is the slice."""
 
+import re
 import shutil
 
 import numpy as np
@@ -141,6 +142,57 @@ def test_another_case_is_shown_at_the_same_place(page, make_run, make_preview):
     page.select_option("#item", "1")
     assert_shown(page, preview, 1, "axial", 5)
     assert page.inner_text("#item option:checked") == "case b"
+
+
+def test_a_single_case_is_named_and_not_chosen(page, make_run, make_preview):
+    preview = opened(page, make_run(preview=make_preview(cases=("only one",))))
+    assert_shown(page, preview, 0, "axial", 4)
+    assert "only one" in page.inner_text(".controls")
+    assert page.query_selector("#item") is None
+
+
+def test_a_browser_that_cannot_unpack_says_so(page, make_run, make_preview):
+    page.add_init_script("delete window.DecompressionStream")
+    page.goto(f"file://{write_run_report(make_run(preview=make_preview()))}")
+    assert "lacks DecompressionStream" in page.inner_text("#viewer-note")
+    assert not page.is_visible("#viewer")
+
+
+def test_volumes_that_cannot_be_unpacked_are_said_to_be_damaged(page, make_run, make_preview):
+    file = write_run_report(make_run(preview=make_preview()))
+    text = file.read_text()
+    start = text.index('"original": "') + 13
+    file.write_text(text[:start] + text[start + 40 :])
+    page.goto(f"file://{file}")
+    page.wait_for_selector("#viewer-note:not([hidden])")
+    assert "The volumes in this page are damaged" in page.inner_text("#viewer-note")
+
+
+def test_a_script_that_got_into_the_page_does_not_run(browser, make_run):
+    page = browser.new_page()
+    file = write_run_report(make_run())
+    file.write_text(file.read_text().replace("</h1>", "</h1><script>document.title='bad'</script>"))
+    page.goto(f"file://{file}")
+    assert page.title() == "run: training"
+    page.close()
+
+
+def test_a_pointer_over_a_curve_reads_its_values(page, make_run):
+    page.goto(f"file://{write_run_report(make_run(steps=1000, odd=[500]))}")
+    chart = page.locator(".curve").first
+    box = chart.locator("svg").bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 20, box["y"] + box["height"] / 2)
+    words = chart.locator("output").inner_text()
+    found = re.fullmatch(
+        r"step ([\d,]+): training (\S+) \((\S+) to (\S+)\) · step ([\d,]+): validation (\S+)", words
+    )
+    step, mean, least, most, validated, value = (float(n.replace(",", "")) for n in found.groups())
+    assert 980 < step <= 1000
+    assert mean == pytest.approx(3 / step + 0.2, rel=0.01)
+    assert least <= mean <= most
+    assert (validated, value) == (1000, 0.302)
+    page.mouse.move(0, 0)
+    assert chart.locator("output").inner_text() == ""
 
 
 def test_it_works_at_the_width_of_a_phone_without_a_preview_and_with_hostile_names(
