@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemae.errors import UserError
-from sparsemae.files import write_atomically
+from sparsemae.files import named, write_atomically
 from sparsemae.runfiles import HISTORY, METRICS, TENSORBOARD, TIMING
 from sparsemae.training.loop import StepRecord
 
@@ -39,7 +39,11 @@ class RunLog(AbstractContextManager):
 
     def __exit__(self, *exception):
         for file in self._files:
-            file.close()
+            try:
+                file.close()
+            except OSError as error:
+                if exception[0] is None:  # else it is what a line could not be written for
+                    raise named(error, Path(file.name)) from None
         if self._board:
             self._board.close()
 
@@ -122,4 +126,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _write(file, line: dict[str, Any]) -> None:
-    file.write(json.dumps(line) + "\n")
+    try:
+        file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise named(error, Path(file.name)) from None
