@@ -265,6 +265,8 @@ def _verified(path: Path) -> dict[str, Any]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != expected["sha256"]:
                 raise _DamagedError(f"{name} is damaged")
+        with safetensors.safe_open(path / OPTIMIZER, framework="pt"):
+            pass  # its header is whole; values are read where they are needed
         for name in files - {OPTIMIZER}:
             if (weight := _not_finite(safetensors.torch.load_file(path / name))) is not None:
                 raise _DamagedError(f"weight {weight} in {name} is not finite")
