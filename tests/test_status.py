@@ -93,6 +93,14 @@ def test_only_the_end_of_a_long_log_is_read(run, monkeypatch):
     assert len(read) < 2000
 
 
+def test_only_finite_numbers_count(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, loss in enumerate(["true", "NaN", "1e400", '"1"', "null", "[1]"] * 20, 61):
+            file.write(f'{{"step": {step}, "loss": {loss}}}\n')
+    found = read_status(run)
+    assert (found.step, found.loss) == (180, pytest.approx(sum(1 / i for i in range(11, 61)) / 50))
+
+
 def test_lines_longer_than_usual_are_found_at_the_end(run):
     cases = [f"{i:0100}" for i in range(3000)]
     with (run / "metrics.jsonl").open("a") as file:

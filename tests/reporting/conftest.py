@@ -29,7 +29,8 @@ def _preview(cases=("case a", "case b"), shape=SHAPE, cell=CELL, step=40):
     original = np.stack([volume + n for n in range(len(cases))])
     visible = rng.random((len(cases), *grid)) < 0.4
     spacing = np.array([[1.0, 1.5, 3.0]] * len(cases))
-    return Preview(step, tuple(cases), original, original[:, ::-1], visible, (cell,) * 3, spacing)
+    restored = 0.8 * original[:, ::-1]
+    return Preview(step, tuple(cases), original, restored, visible, (cell,) * 3, spacing)
 
 
 def _make(run, steps=40, preview=None, odd=(), nan=(), state="finished", **status):

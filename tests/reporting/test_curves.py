@@ -62,6 +62,24 @@ def test_nothing_is_said_to_be_nothing():
     assert "Nothing yet" in draw_curves("x", [Curve("x", np.zeros(0), np.zeros(0))])
 
 
+def test_what_has_a_floor_is_never_logarithmic():
+    drawn = draw_curves("speed", [Curve("x", np.arange(3.0), np.array([9.0, 0.01, 9.0]))], floor=0)
+    assert set(ticks(drawn, "y")) == {"0", "2", "4", "6", "8"}
+
+
+def test_numbers_on_an_axis_of_very_many_decades_stay_few():
+    drawn = draw_curves("loss", [Curve("x", np.arange(3.0), np.array([1e-3, 1.0, 1e38]))])
+    assert 4 <= len(ticks(drawn, "y")) <= 9
+
+
+def test_a_mark_after_the_last_finite_value_is_in_the_chart():
+    curve = Curve("x", np.arange(1.0, 11), np.ones(10))
+    drawn = draw_curves("x", [curve], marks=[("skipped", 20)])
+    right = float(re.search(r'<line class="grid" x1="[\d.]*" x2="([\d.]*)"', drawn)[1])
+    assert float(re.search(r'<line class="skipped" x1="([\d.]*)"', drawn)[1]) == right
+    assert places(drawn)[-1, 0] < right / 1.5
+
+
 def test_marks_are_at_their_steps():
     curve = Curve("x", np.arange(1.0, 101), np.arange(1.0, 101))
     drawn = draw_curves("x", [curve], marks=[("skipped", 50), ("spike", 100)])

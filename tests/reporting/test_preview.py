@@ -105,8 +105,15 @@ def other(**changes):
     return harm
 
 
+class Harm:
+    """Says so when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("code from a file has run",)
+
+
 def pickled(path):
-    np.savez(path, step=1, cases=np.array([print], dtype=object))
+    other(cases=np.array([Harm()] * 2, dtype=object))(path)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,8 @@ def pickled(path):
         pytest.param(other(cases=np.array(["a"])), id="cases"),
     ],
 )
-def test_a_damaged_file_is_no_preview(tmp_path, make_preview, harm):
+def test_a_damaged_file_is_no_preview(tmp_path, make_preview, harm, capsys):
     save_preview(tmp_path, make_preview())
     harm(tmp_path / "preview.npz")
     assert load_preview(tmp_path) is None
+    assert capsys.readouterr().out == ""
