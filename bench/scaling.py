@@ -16,7 +16,6 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 import typer
-from torch import nn
 
 from sparsemae.bench.harness import append_json, machine
 from sparsemae.config import load_config
@@ -60,7 +59,7 @@ class Step:
 
     def run(self, *, reduced: bool) -> None:
         self.gradients(reduced=reduced)
-        nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip_norm, foreach=True)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip_norm, foreach=True)
         self.optimizer.step()
 
     def reduce(self) -> None:
