@@ -26,7 +26,7 @@ _STYLE = f"""{STYLE}{CURVES}
 .state {{ font-size: 17px; margin: 10px 0 0 }} .state b {{ text-transform: capitalize }}
 .good b {{ color: #2c7a4b }}
 .tiles {{ grid-template-columns: repeat(auto-fit, minmax(max(140px, 17.5%), 1fr)) }}
-.wide table {{ min-width: 560px }}
+.wide table {{ min-width: 560px }} .event {{ white-space: nowrap }}
 .settings {{ columns: 2 400px; column-gap: 40px }} .settings tr {{ break-inside: avoid }}
 """
 _KINDS = {"finished": "good", "running": "", "preempted": "odd", "interrupted": "odd"}
@@ -175,7 +175,7 @@ def _history(data: RunData) -> str:
     rows = "".join(
         f'<tr><td class="key">{_moment(event.get("time"))}</td>'
         f'<td class="n">{event["step"]:,}</td>'
-        f"<td>{text(str(event.get('event', '')))}</td>"
+        f'<td class="event">{text(str(event.get("event", "")))}</td>'
         f"<td>{text(str(event.get('message', '')))}</td></tr>"
         for event in reversed(data.history)
     )

@@ -22,6 +22,7 @@ figcaption + .curve { margin-top: -2px } .curve svg { max-width: none; touch-act
 .curve .main { stroke: var(--blue); stroke-width: 1.3 } .curve circle.main { fill: var(--blue) }
 .curve .points { stroke: var(--ink); stroke-width: 1.3 } .curve circle.points { fill: var(--ink) }
 .skipped { stroke: var(--red); stroke-width: 2 } .spike { stroke: #d28a00; stroke-width: 2 }
+.curve text.end { text-anchor: end }
 .cursor { stroke: var(--soft); stroke-dasharray: 3 3 }
 .legend { font-weight: 600 } .legend.main { color: var(--blue) }
 .legend.points { color: var(--ink) }
@@ -156,6 +157,8 @@ def _frame(x: Scale, y: _Vertical) -> list[str]:
         shapes.append(f'<text class="y" x="{_LEFT - 5}" y="{place + 3.5:.1f}">{words}</text>')
     for tick in x.ticks(5):
         if tick == int(tick):
-            at = f'x="{x(tick):.1f}" y="{_HEIGHT - 7}"'
-            shapes.append(f'<text class="x" {at}>{int(tick):,}</text>')
+            last = x(tick) > _WIDTH - _RIGHT - 20  # centred, it would leave the chart
+            at = f'x="{_WIDTH - 2 if last else x(tick):.1f}" y="{_HEIGHT - 7}"'
+            kind = "x end" if last else "x"
+            shapes.append(f'<text class="{kind}" {at}>{int(tick):,}</text>')
     return shapes
