@@ -240,6 +240,13 @@ def test_a_run_folder_is_complete_and_loads(tmp_path, store):
     }
 
 
+def test_the_page_of_a_long_run_is_made_beside_the_training(tmp_path, monkeypatch, store):
+    monkeypatch.setattr(keeper, "LONG_LOG", 0)
+    start(store, tmp_path / "run", "train.save_every=6")
+    assert "finished" in (tmp_path / "run" / "report.html").read_text()
+    assert "warning" not in (tmp_path / "run" / "history.jsonl").read_text()
+
+
 def test_the_resolved_cell_is_written_down(tmp_path, store):
     overrides = [o for o in SMALL if "patch" not in o]
     raw = load_config(PretrainConfig, "tiny", [*overrides, "data.patch_size=32"])

@@ -4,6 +4,8 @@ Only rank 0 touches the folder; what goes wrong there is raised on all ranks.
 """
 
 import contextlib
+import subprocess
+import sys
 import time
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
@@ -23,7 +25,7 @@ from sparsemae.checkpoint import (
 )
 from sparsemae.config import dump_config
 from sparsemae.errors import UserError
-from sparsemae.runfiles import CHECKPOINTS, CONFIG
+from sparsemae.runfiles import CHECKPOINTS, CONFIG, METRICS
 from sparsemae.training import logs
 from sparsemae.training.background import Background
 from sparsemae.training.exactness import conditions, differences
@@ -38,6 +40,7 @@ from sparsemae.training.task import Task
 if TYPE_CHECKING:
     from sparsemae.reporting.preview import Preview
 
+LONG_LOG = 4_000_000  # bytes, some 40 000 steps
 _EVENTS = {0: "finished", 130: "interrupted"}  # by exit code; any other that is no failure:
 _PREEMPTED = "preempted"
 
@@ -255,7 +258,15 @@ class Keeper(AbstractContextManager):
 
             if preview is not None:
                 save_preview(self.run, preview)
-            write_run_report(self.run)
+            if (self.run / METRICS).stat().st_size < LONG_LOG:
+                write_run_report(self.run)
+            else:  # elsewhere: reading it would keep this interpreter from the training for seconds
+                subprocess.run(
+                    [sys.executable, "-m", "sparsemae", "report", self.run.resolve()],
+                    check=True,
+                    capture_output=True,
+                    start_new_session=True,  # signals to the group are for the training
+                )
         except Exception as error:
             self._note(step, "warning", f"report.html: {error!r}")
 
