@@ -47,7 +47,7 @@ def test_stops_at_random_moments(
             assert same(run, undisturbed, run_bytes)
             run = tmp_path / f"run{next(runs)}"
             continue
-        wanted = before + chance.randrange(1, 4)
+        wanted = before + chance.randrange(1, 3)
 
         def reached(run=run, started=started, work=work, wanted=wanted):
             if work is None or steps_done(run) < wanted:
