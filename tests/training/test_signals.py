@@ -130,13 +130,14 @@ def test_a_second_ctrl_c_waits_for_nothing(
 ):
     """Neither for the end of a step nor for a checkpoint, which takes half a minute here."""
     run = tmp_path / "run"
+    words = varied(run, data__workers=1)  # which gets it twice, too
     if at == "step":
-        started = sparsemae_now(*varied(run))
+        started = sparsemae_now(*words)
         until(lambda: steps_done(run) >= 3, started)
         started.kill(signal.SIGKILL)
         started.wait()
     before = steps_done(run)
-    started = sparsemae_now(*varied(run), slow=4.0)
+    started = sparsemae_now(*words, slow=4.0)
     until(lambda: list(run.glob("checkpoints/.tmp-*")), started, seconds=120)
     assert at != "step" or steps_done(run) > before
     begun = time.monotonic()
@@ -149,6 +150,6 @@ def test_a_second_ctrl_c_waits_for_nothing(
     assert "Traceback" not in started.printed
     found = status(run)
     assert (found["state"], found["exit_code"]) == ("interrupted", 130)
-    last = sparsemae_now(*varied(run))
+    last = sparsemae_now(*words)
     assert last.wait() == 0, last.printed
     assert same(run, undisturbed, run_bytes)
