@@ -271,6 +271,7 @@ def test_limits_hold_exactly(tmp_path, monkeypatch):
         b"\x80\x02Nr\xff\xff\xff\x7f.",
         state(tensor(), text("☃" + "x" * 15 * MB)),
     ],
+    ids=["many lists", "bytearray", "old tensor", "place in the memo", "long string"],
 )
 def test_a_pickle_that_wants_memory_gets_little(tmp_path, pickled):
     code = (
