@@ -155,6 +155,7 @@ def test_logs_that_cannot_grow(tmp_path, sparsemae_now, varied, killed, ends_the
     assert f"{run}/timing.jsonl: {os.strerror(errno.EFBIG)}; {FULL}" in only_line(started)
     assert newest(run) == before
     assert read_status(run).state == "failed"
+    assert f"{run}/timing.jsonl" in read_status(run).message
     ends_the_same(run)
 
 
