@@ -265,7 +265,6 @@ def entry(shape, begin, end, dtype="F32"):
         header({}),
         header({"__metadata__": {"x": "y"}}),
         (2**47).to_bytes(8, "little") + b"{",
-        (2**25).to_bytes(8, "little") + b"{".ljust(2**25),
     ],
 )
 def test_a_damaged_safetensors_file_is_refused(tmp_path, data):
@@ -274,13 +273,23 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path, data):
     assert problem(path)
 
 
+def test_a_huge_safetensors_header_is_refused(tmp_path):
+    text = json.dumps({"a": entry([1], 0, 4)}).encode().ljust(2**24 + 1)
+    (tmp_path / "w.safetensors").write_bytes(header(text, bytes(4)))
+    assert f"a header of {2**24 + 1} bytes" in problem(tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").write_bytes(header(text[:-1], bytes(4)))
+    assert read_weights(tmp_path / "w.safetensors").tensors == {"a": torch.zeros(1)}
+
+
 def test_safetensors_cut_anywhere_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file({"a": torch.randn(5), "b": torch.ones(2, 3)}, path)
     data = path.read_bytes()
     for length in range(len(data)):
         path.write_bytes(data[:length])
-        assert problem(path)
+        assert "copy or download it again" in problem(path) or length == 0
+        if 9 <= length < 8 + int.from_bytes(data[:8], "little"):
+            assert "cut short" in problem(path)
 
 
 def test_a_flipped_bit_in_a_safetensors_header_never_crashes(tmp_path):

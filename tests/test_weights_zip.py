@@ -274,6 +274,22 @@ def test_a_directory_that_does_not_fit_the_file_is_refused(path, changes, words)
     assert words in problem(path)
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (-2, "is not where it should be"),  # a comment follows, or so it says
+        (-34, "cannot be read"),  # where readers other than Python's look for the end record
+        (-38, "cannot be read"),
+        (-26, "cannot be read"),
+    ],
+)
+def test_end_records_that_disagree_are_refused(path, place, words):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 2
+    path.write_bytes(data)
+    assert f"the zip directory {words}" in problem(path)
+
+
 def test_a_local_header_that_disagrees_is_refused(path):
     rewrite(path, entries(path).items())
     data = path.read_bytes()
