@@ -4,16 +4,14 @@ import time
 from contextlib import AbstractContextManager
 from datetime import timedelta
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from rich.console import Console
+from rich.progress import TaskProgressColumn
 from rich.table import Table
 
-from sparsemae.live import PLAIN_SECONDS
+from sparsemae.live import LiveLine
 from sparsemae.training.loop import StepRecord
 
 SMOOTHING = 0.9  # of the shown loss and speed
-REFRESHES = 4  # of the table, per second
 
 
 class TrainingProgress(AbstractContextManager):
@@ -22,32 +20,19 @@ class TrainingProgress(AbstractContextManager):
     def __init__(self, steps: int, done: int, console: Console):
         self.steps, self.first, self.console = steps, done, console
         self.started = time.monotonic()
-        self.printed = self.started - PLAIN_SECONDS  # the first line comes at once
         self.loss = self.speed = self.wait = self.record = None
         self.checkpoint = self.val_loss = None
         self.skipped = self.spikes = 0
-        self.live = None
-        if console.is_terminal:
-            self.bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TaskProgressColumn(),
-                console=console,
-            )
-            self.task = self.bar.add_task("", total=steps, completed=done)
-            self.live = Live(
-                console=console, refresh_per_second=REFRESHES, get_renderable=self._table
-            )
+        percent = TaskProgressColumn()
+        self.line = LiveLine(console, "step", percent, total=steps, done=done, below=self._table)
+        self.live = console.is_terminal
 
     def __enter__(self):
-        if self.live:
-            self.live.start()
+        self.line.__enter__()
         return self
 
     def __exit__(self, *exception):
-        if self.live:
-            self.live.stop()
+        self.line.__exit__(*exception)
 
     def update(self, record: StepRecord) -> None:
         """Take in a step; without a terminal print a line if it is time, or it is the last."""
@@ -59,17 +44,14 @@ class TrainingProgress(AbstractContextManager):
         self.spikes += record.spike
         self.speed = _smooth(self.speed, record.samples / record.seconds)
         self.wait = _smooth(self.wait, min(1.0, record.wait_seconds / record.seconds))
-        if self.live:
-            self.bar.update(self.task, completed=record.step)
-        elif record.step == self.steps or time.monotonic() - self.printed >= PLAIN_SECONDS:
-            self.printed = time.monotonic()
-            words = "  ".join(f"{name} {value}" for name, value in self._numbers().items())
-            self._say(f"step {record.step}/{self.steps}  {words}")
+        words = "" if self.live else "  ".join(f"{k} {v}" for k, v in self._numbers().items())
+        plain = f"step {record.step}/{self.steps}  {words}"
+        self.line.update(record.step, self.steps, "", plain, last=record.step == self.steps)
 
     def validated(self, step: int, loss: float) -> None:
         self.val_loss = loss
         if not self.live:
-            self._say(f"step {step}/{self.steps}  validation loss {loss:.4f}")
+            self.line.say(f"step {step}/{self.steps}  validation loss {loss:.4f}")
 
     def saved(self, step: int) -> None:
         self.checkpoint = step
@@ -101,7 +83,7 @@ class TrainingProgress(AbstractContextManager):
         rate = (time.monotonic() - self.started) / max(1, self.record.step - self.first)
         return timedelta(seconds=round(rate * (self.steps - self.record.step)))
 
-    def _table(self) -> Group:
+    def _table(self) -> Table:
         """Names above values, as many side by side as the terminal has room for."""
         numbers = list(self._numbers().items())
         columns = max(1, min(len(numbers), self.console.width // 14))
@@ -110,10 +92,7 @@ class TrainingProgress(AbstractContextManager):
             row = numbers[start : start + columns]
             table.add_row(*(f"[dim]{name}[/]" for name, _ in row))
             table.add_row(*(value for _, value in row))
-        return Group(self.bar, table)
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        return table
 
 
 def _smooth(old: float | None, new: float) -> float:
