@@ -21,8 +21,8 @@ from sparsemae.bench.harness import append_json, machine
 from sparsemae.config import load_config
 from sparsemae.models.mae import masked_error
 from sparsemae.pretraining.config import PretrainConfig, build_mae
-from sparsemae.training.loop import AUTOCAST
 from sparsemae.training.optimizer import make_optimizer
+from sparsemae.training.options import autocast
 from sparsemae.training.ranks import Ranks, join_ranks
 
 BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel reduces together
@@ -48,8 +48,7 @@ class Step:
         """Forward and backward, with or without the ranks' mean of the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         with self.called.no_sync() if self.ranks.many and not reduced else nullcontext():
-            dtype = AUTOCAST.get(self.config.train.precision)
-            with torch.autocast(self.ranks.device.type, dtype, enabled=dtype is not None):
+            with autocast(self.config.train.precision, self.ranks.device):
                 out = self.called(self.x, self.masks)
                 loss, _ = masked_error(out, self.x, self.masks.scored)
             start = self.now()

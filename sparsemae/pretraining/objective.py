@@ -21,7 +21,8 @@ from sparsemae.errors import UserError
 from sparsemae.models.mae import SparseMAE, masked_error
 from sparsemae.models.masking import Masks
 from sparsemae.pretraining.config import PretrainConfig
-from sparsemae.training.loop import AUTOCAST, Batch, Loss
+from sparsemae.training.loop import Batch, Loss
+from sparsemae.training.options import autocast
 from sparsemae.training.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -139,9 +140,9 @@ class Objective:
 
     @contextlib.contextmanager
     def _evaluated(self, model: nn.Module) -> Iterator[None]:
-        dtype, training = AUTOCAST.get(self.config.train.precision), model.training
+        training = model.training
         model.eval()
-        with torch.no_grad(), torch.autocast(self.ranks.device.type, dtype, enabled=bool(dtype)):
+        with torch.no_grad(), autocast(self.config.train.precision, self.ranks.device):
             yield
         model.train(training)
 

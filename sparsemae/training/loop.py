@@ -7,10 +7,9 @@ decided on the device, and its numbers are read while the next one runs.
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +19,12 @@ from sparsemae.errors import LoaderError, RankError, UserError
 from sparsemae.training.guard import Guard, LossScale
 from sparsemae.training.memory import memory_explained
 from sparsemae.training.optimizer import Ema, step_unless
-from sparsemae.training.options import TrainConfig
+from sparsemae.training.options import TrainConfig, autocast
 from sparsemae.training.randomness import seed_step, seeds_restored
 from sparsemae.training.ranks import Ranks
 from sparsemae.training.schedules import learning_rate
 
 Batch = dict[str, Any]
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Loss(NamedTuple):
@@ -99,9 +97,7 @@ def fit(
         LoaderError, UserError: `batches` failed; what was done until then is saved.
         OutOfMemoryError: Names what to change.
     """
-    compiled = torch.compile(state.model) if config.compile else state.model
-    loop = _Loop(state, config, ranks, on_step, save)
-    loop.called, loop.loss_of, loop.source = ranks.wrap(compiled), loss_of, iter(batches)
+    loop = _Loop(state, loss_of, batches, config, ranks, on_step, save)
     state.model.train()
     with seeds_restored(), memory_explained(state), contextlib.closing(loop):
         return loop.run(stop, seed)
@@ -110,9 +106,13 @@ def fit(
 class _Loop:
     """`fit`, whose steps are launched and settled apart."""
 
-    def __init__(self, state: State, config: TrainConfig, ranks: Ranks, on_step, save):
+    def __init__(
+        self, state: State, loss_of, batches, config: TrainConfig, ranks: Ranks, on_step, save
+    ):
         self.state, self.config, self.ranks = state, config, ranks
-        self.on_step, self.save = on_step, save
+        self.loss_of, self.on_step, self.save = loss_of, on_step, save
+        self.source = iter(batches)
+        self.called = ranks.wrap(torch.compile(state.model) if config.compile else state.model)
         self.saved = state.step
         self.launched: list[_Launched] = []
         self.ahead = steps_ahead(ranks.device)
@@ -172,8 +172,7 @@ class _Loop:
         parts = list(split_batch(batch, config.accumulate, self.ranks))
         for i, part in enumerate(parts):
             with self.gradients_stay_here(last=i == len(parts) - 1):
-                dtype = AUTOCAST.get(config.precision)
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                with autocast(config.precision, device):
                     loss = self.loss_of(self.called, part, step)
                 (loss.total * scale).backward()
             total += loss.total.detach()
@@ -197,33 +196,29 @@ class _Loop:
         state.step += 1
 
         now = time.perf_counter()
-        record = StepRecord(
-            step=state.step,
-            loss=math.nan,
-            lr=optimizer.param_groups[-1]["lr"],
-            grad_norm=math.nan,
-            skipped=False,
-            spike=False,
-            seconds=now - self.clock,
-            wait_seconds=self.waited + wait,
-            samples=sum(len(part["slots"]) for part in parts) * self.ranks.world_size,
-            memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        )
+        known = {
+            "step": state.step,
+            "lr": optimizer.param_groups[-1]["lr"],
+            "seconds": now - self.clock,
+            "wait_seconds": self.waited + wait,
+            "samples": sum(len(part["slots"]) for part in parts) * self.ranks.world_size,
+            "memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        }
         self.clock, self.waited = now, 0.0
         values = torch.stack([mean, norm, bad, sums[2], sums[3]])
-        self.launched.append(_Launched(record, values))
+        self.launched.append(_Launched(known, values))
         return upcoming
 
     def settle(self) -> None:
         """Read the numbers of the oldest step that was launched, and act on them."""
-        record, values = self.launched.pop(0).read()
-        loss, norm, bad, stop, failed = values
+        launched = self.launched.pop(0)
+        loss, norm, bad, stop, failed = launched.read()
         state, config = self.state, self.config
         blamed = state.scale.update(not bad, config.precision)
-        spike = False
-        if not bad:
-            spike = state.guard.accept(loss)
-        record = replace(record, loss=loss, grad_norm=norm, skipped=bool(bad), spike=spike)
+        spike = not bad and state.guard.accept(loss)
+        record = StepRecord(
+            loss=loss, grad_norm=norm, skipped=bool(bad), spike=spike, **launched.known
+        )
         self.on_step(record)
         if bad and not blamed:
             state.guard.skip(record.step - 1, loss, norm, config.max_skipped)
@@ -250,18 +245,17 @@ def steps_ahead(device: torch.device) -> int:
 class _Launched:
     """A step on its way: its numbers come to the host while it waits for something else."""
 
-    def __init__(self, record: StepRecord, values: Tensor):
-        self.record, self.copied = record, None
-        self.values = values
+    def __init__(self, known: dict[str, Any], values: Tensor):
+        self.known, self.values, self.copied = known, values, None
         if values.is_cuda:
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self.values.copy_(values, non_blocking=True)
             self.copied = torch.cuda.current_stream().record_event()
 
-    def read(self) -> tuple[StepRecord, list[float]]:
+    def read(self) -> list[float]:
         if self.copied is not None:
             self.copied.synchronize()
-        return self.record, self.values.tolist()
+        return self.values.tolist()
 
 
 @torch.no_grad()

@@ -2,10 +2,13 @@
 
 from typing import Literal
 
+import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from sparsemae.config import Strict
 from sparsemae.errors import UserError
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainConfig(Strict):
@@ -30,6 +33,12 @@ class TrainConfig(Strict):
     keep: int = Field(2, ge=2)  # newest checkpoints kept; one alone may turn out damaged
     tensorboard: bool = False  # write RUN/tensorboard too
     device: str = "auto"  # auto: cuda if there is one
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which a model computes in `precision`."""
+    dtype = _AUTOCAST.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def check_precision(config: TrainConfig, device: str) -> None:
