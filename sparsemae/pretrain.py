@@ -19,7 +19,7 @@ from sparsemae.training.folder import check_free, claimed, config_file, versions
 from sparsemae.training.keeper import changed_keys
 from sparsemae.training.logs import require_tensorboard
 from sparsemae.training.options import check_precision
-from sparsemae.training.ranks import Ranks, join_ranks
+from sparsemae.training.ranks import join_ranks
 from sparsemae.training.run import Outcome, run_task
 from sparsemae.training.task import Task
 
@@ -75,7 +75,8 @@ def pretrain(
             require_tensorboard()
         objective = Objective(config, data, mae.to(ranks.device), ranks)
         task = _task(config, data, objective)
-        ranks.shared(lambda: _claim(run, stack, ranks, resume=resume))
+        # rank 0 holds the folder until the end
+        ranks.shared(lambda: stack.enter_context(claimed(run, resume=resume)))
         return run_task(
             *(task, run, config.train),
             seed=config.seed,
@@ -158,8 +159,3 @@ def _checked(overrides: Sequence[str]) -> Sequence[str]:
                 f"{', '.join(RESUMABLE)}. Start a new run for anything else"
             )
     return overrides
-
-
-def _claim(run: Path, stack: ExitStack, ranks: Ranks, *, resume: bool) -> None:
-    """Rank 0 holds the folder until the end."""
-    stack.enter_context(claimed(run, resume=resume))

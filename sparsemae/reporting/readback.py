@@ -91,7 +91,7 @@ def _times(run: Path) -> dict[str, Any]:
 def lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a log, as values; each has a step."""
     with contextlib.suppress(OSError), path.open("rb") as file:
-        yield from filter(None, map(_parsed, file))
+        yield from filter(None, map(parsed, file))
 
 
 def lines_at_end(path: Path, count: int) -> list[dict[str, Any]]:
@@ -101,13 +101,14 @@ def lines_at_end(path: Path, count: int) -> list[dict[str, Any]]:
         size = file.seek(0, os.SEEK_END)
         for length in _ENDS:
             file.seek(max(0, size - length))
-            found = [values for line in file if (values := _parsed(line))]
+            found = [values for line in file if (values := parsed(line))]
             if len(found) > 2 * count or length >= size:
                 break
     return found
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The values of a line of a log; None if it is damaged or cut off."""
     with contextlib.suppress(ValueError, RecursionError):
         values = json.loads(line)
         if isinstance(values, dict) and isinstance(step := values.get("step"), int):

@@ -1,5 +1,6 @@
 """Whether a resumed run computes the same bits as one that was never interrupted."""
 
+import os
 from typing import Any
 
 import torch
@@ -42,8 +43,6 @@ def make_deterministic(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    import os
-
     space = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads nothing else
     if space not in (":4096:8", ":16:8"):
         raise UserError(

@@ -19,6 +19,7 @@ import sparsemae
 from sparsemae import checkpoint
 from sparsemae.errors import UserError
 from sparsemae.files import TEMPORARY, locked, write_atomically
+from sparsemae.reporting.readback import status_of
 from sparsemae.runfiles import CHECKPOINTS, CONFIG, LOCK, STATUS
 from sparsemae.status import require_run
 from sparsemae.training import logs
@@ -85,7 +86,6 @@ class Status:
 
     def __init__(self, run: Path, facts: dict[str, Any]):
         self._file = run / STATUS
-        now = time.time()
         self._values = {
             "state": "running",
             "step": 0,
@@ -95,7 +95,7 @@ class Status:
             "exit_code": None,
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "started": self._before().get("started", now),
+            "started": status_of(run).get("started", time.time()),  # of a process before this one
             "versions": versions(),
             **facts,
         }
@@ -103,14 +103,6 @@ class Status:
     def update(self, **changes: Any) -> None:
         self._values |= changes | {"updated": time.time()}
         write_atomically(self._file, json.dumps(self._values, indent=1).encode())
-
-    def _before(self) -> dict[str, Any]:
-        """Of the process that worked in the folder before; a damaged file says nothing."""
-        with contextlib.suppress(OSError, ValueError):
-            values = json.loads(self._file.read_bytes())
-            if isinstance(values, dict):
-                return values
-        return {}
 
 
 def versions() -> dict[str, str]:

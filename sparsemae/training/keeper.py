@@ -25,7 +25,9 @@ from sparsemae.checkpoint import (
 )
 from sparsemae.config import dump_config
 from sparsemae.errors import UserError
+from sparsemae.live import say
 from sparsemae.runfiles import CHECKPOINTS, CONFIG, METRICS
+from sparsemae.signals import INTERRUPTED, PREEMPTED
 from sparsemae.training import logs
 from sparsemae.training.background import Background
 from sparsemae.training.exactness import conditions, differences
@@ -41,8 +43,7 @@ if TYPE_CHECKING:
     from sparsemae.reporting.preview import Preview
 
 LONG_LOG = 4_000_000  # bytes, some 40 000 steps
-_EVENTS = {0: "finished", 130: "interrupted"}  # by exit code; any other that is no failure:
-_PREEMPTED = "preempted"
+_EVENTS = {0: "finished", PREEMPTED: "preempted", INTERRUPTED: "interrupted"}  # by exit code
 
 
 class Keeper(AbstractContextManager):
@@ -52,6 +53,8 @@ class Keeper(AbstractContextManager):
         self.task, self.run, self.config, self.ranks = task, run, config, ranks
         self.console, self.folder = console, run / CHECKPOINTS
         self.background, self.stack = Background(), ExitStack()
+        self.newest: Path | None = None  # checkpoint; of rank 0
+        self._resumed, self._warnings = False, []
 
     def __exit__(self, *exception):
         if exception[0] is not KeyboardInterrupt:
@@ -65,10 +68,10 @@ class Keeper(AbstractContextManager):
         Raises:
             UserError: It is of another run, or none is whole.
         """
-        found = self.ranks.shared(self._find)
-        if found is None:
+        checkpoint = self.ranks.shared(self._find)
+        if checkpoint is None:
             return
-        checkpoint, path = found, found.path
+        path = checkpoint.path
         load_model(state.model, checkpoint.model(), path)
         load_optimizer(state.model, state.optimizer, checkpoint.optimizer(), path)
         if state.ema is not None:
@@ -156,11 +159,10 @@ class Keeper(AbstractContextManager):
 
         def finish() -> Path:
             self.background.wait()
-            event = _EVENTS.get(code, _PREEMPTED)
-            self.status.update(state=event, step=state.step, exit_code=code)
-            self._note(state.step, event)
+            self.status.update(state=_EVENTS[code], step=state.step, exit_code=code)
+            self._note(state.step, _EVENTS[code])
             self._report(state.step)
-            return load_checkpoint(self.folder, state.step)[0].path
+            return self.newest
 
         return self.ranks.shared(finish)
 
@@ -169,8 +171,8 @@ class Keeper(AbstractContextManager):
         if not self.ranks.main:
             return
         interrupted = isinstance(error, KeyboardInterrupt)
-        event = "interrupted" if interrupted else "failed"
-        code = 130 if interrupted else 2 if isinstance(error, UserError) else 1
+        code = INTERRUPTED if interrupted else 2 if isinstance(error, UserError) else 1
+        event = _EVENTS.get(code, "failed")
         message = " ".join(str(error).split()) or type(error).__name__
         with contextlib.suppress(Exception):  # the disk may be full
             if not interrupted:
@@ -179,8 +181,6 @@ class Keeper(AbstractContextManager):
             self.status.update(state=event, step=state.step, exit_code=code, message=message)
             self._note(state.step, event, message)
             self._report(state.step)
-
-    _resumed, _warnings = False, ()
 
     def _find(self) -> Checkpoint | None:
         if starts_anew(self.run):
@@ -191,9 +191,9 @@ class Keeper(AbstractContextManager):
         if reasons:
             warnings.append(f"resumed, but not bit-exact, because {', '.join(reasons)}")
         for warning in warnings:
-            self._say(f"warning: {warning}")
-        self._say(f"resuming at step {checkpoint.step}")
-        self._resumed, self._warnings = True, warnings
+            say(self.console, f"warning: {warning}")
+        say(self.console, f"resuming at step {checkpoint.step}")
+        self._resumed, self._warnings, self.newest = True, warnings, checkpoint.path
         return checkpoint
 
     def _check_same(self, checkpoint: Checkpoint) -> None:
@@ -243,7 +243,9 @@ class Keeper(AbstractContextManager):
         self.log.sync()
 
         def job() -> None:
-            write_checkpoint(self.folder, snapshot, keep=self.config.keep, best=best and best[0])
+            self.newest = write_checkpoint(
+                self.folder, snapshot, keep=self.config.keep, best=best and best[0]
+            )
             self.status.update(checkpoint=snapshot.step, **facts)
             self._report(snapshot.step, preview)
 
@@ -272,9 +274,6 @@ class Keeper(AbstractContextManager):
 
     def _note(self, step: int, event: str, message: str = "") -> None:
         logs.note(self.run, step, event, message)
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _best(state: State) -> dict[str, Any] | None:

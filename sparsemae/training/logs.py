@@ -5,7 +5,6 @@ same bytes as of one that was not. `timing.jsonl` is how long they took. Both ar
 checkpoint that a run is resumed from. `history.jsonl` is what happened to the run: never cut.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from typing import Any
 
 from sparsemae.errors import UserError
 from sparsemae.files import named, write_atomically
+from sparsemae.reporting.readback import parsed
 from sparsemae.runfiles import HISTORY, METRICS, TENSORBOARD, TIMING
 from sparsemae.training.loop import StepRecord
 
@@ -110,19 +110,17 @@ def _board(folder: Path, step: int):
 
 def _opened_at(path: Path, step: int):
     """The log, without the lines of later steps and without one that is cut off."""
-    text = "".join(line for line, values in _lines(path) if values["step"] <= step)
-    write_atomically(path, text.encode())
+    kept = b"".join(line for line, values in _lines(path) if values["step"] <= step)
+    write_atomically(path, kept)
     return path.open("a", buffering=1)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines that are whole, as text and as values."""
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines that are whole, as they are and as values."""
     if path.exists():
-        for line in path.read_bytes().decode(errors="replace").splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
-                values = json.loads(line)
-                if line.endswith("\n") and isinstance(values, dict) and "step" in values:
-                    yield line, values
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n") and (values := parsed(line)) is not None:
+                yield line, values
 
 
 def _write(file, line: dict[str, Any]) -> None:
