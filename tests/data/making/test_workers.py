@@ -51,10 +51,11 @@ def run(job):
 
 @pytest.fixture
 def working(children):
-    """Living processes that this one started, but multiprocessing's own resource tracker."""
+    """Living processes that the test started, but multiprocessing's own resource tracker."""
+    before = set(children(os.getpid()))  # such as a server that other tests share
 
     def find():
-        found = filter(_alive, children(os.getpid()))
+        found = filter(_alive, set(children(os.getpid())) - before)
         return {pid for pid in found if "resource_tracker" not in _command(pid)}
 
     return find
