@@ -1,4 +1,4 @@
-"""Writing files that survive a crash: forced to disk, and renamed only when whole; and locks."""
+"""Files: opened without surprises, written to survive a crash, locked."""
 
 import contextlib
 import errno
@@ -6,13 +6,32 @@ import fcntl
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sparsemae.errors import UserError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 TEMPORARY = ".tmp"  # ending of files that a killed process may leave behind
+
+
+def open_checked(path: Path, check: Callable[[os.stat_result], None]) -> int:
+    """A descriptor to read from, without waiting for a pipe or stirring a device.
+
+    `check` raises for what is not wanted, of what is there and again of what was opened, whatever
+    was there a moment ago.
+
+    Raises:
+        OSError, ValueError: As of `os.open`: no such file, no rights, a name that none can have.
+    """
+    check(os.stat(path))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        check(os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def write_synced(path: Path, data: bytes) -> None:

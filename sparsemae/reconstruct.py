@@ -17,6 +17,7 @@ from sparsemae.data.transforms import Prepared, prepare
 from sparsemae.errors import UserError
 from sparsemae.models.mae import SparseMAE
 from sparsemae.pretrain import load_run
+from sparsemae.reporting.planes import plane_figure
 
 Triple = tuple[int, int, int]
 
@@ -99,32 +100,17 @@ def draw(
     path: Path,
 ) -> None:
     """Original, masked and reconstruction in three planes through the middle."""
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state
-
     original = prepared.array
     low, high = np.percentile(original, (0.5, 99.5))
     hidden = np.where(masked, np.nan, original)
     columns = {"original": original, "masked": hidden, "reconstruction": restored}
     spacing = np.linalg.norm(prepared.affine[:3, :3], axis=0)
-    figure = Figure(figsize=(9, 9), facecolor="black", layout="constrained")
-    for row, (plane, axis) in enumerate((("axial", 2), ("coronal", 1), ("sagittal", 0))):
+    rows = []
+    for plane, axis in (("axial", 2), ("coronal", 1), ("sagittal", 0)):
         across, up = (a for a in range(3) if a != axis)
-        for column, (title, volume) in enumerate(columns.items()):
-            axes = figure.add_subplot(3, 3, 3 * row + column + 1)
-            axes.set_facecolor("#30343b")  # where a voxel is hidden
-            axes.imshow(
-                volume.take(volume.shape[axis] // 2, axis).T,
-                **{"cmap": "gray", "vmin": low, "vmax": high, "origin": "lower"},
-                aspect=spacing[up] / spacing[across],
-                interpolation="nearest",
-            )
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if row == 0:
-                axes.set_title(title, color="white")
-            if column == 0:
-                axes.set_ylabel(plane, color="white")
-    figure.savefig(path, dpi=110)
+        planes = {title: v.take(v.shape[axis] // 2, axis) for title, v in columns.items()}
+        rows.append((plane, spacing[up] / spacing[across], planes))
+    plane_figure(rows, (low, high), (9, 9)).savefig(path, dpi=110)
 
 
 def _outputs(output: Path, volume: Path) -> tuple[Path, Path]:

@@ -12,7 +12,7 @@ from typing import Any
 from sparsemae.files import write_atomically
 from sparsemae.reporting.curves import STYLE as CURVES
 from sparsemae.reporting.curves import Curve, draw_curves
-from sparsemae.reporting.page import anchor, page, settings, text, tile
+from sparsemae.reporting.page import anchor, figure, page, settings, text, tile
 from sparsemae.reporting.preview import load_preview
 from sparsemae.reporting.readback import RunData, number, read_run
 from sparsemae.reporting.viewer import STYLE, draw_viewer, script
@@ -115,25 +115,17 @@ def _curves(data: RunData) -> Iterator[str]:
     kinds = {kind for kind, _ in data.marks}
     marks = "".join(f', <b class="legend {kind}">{kind}</b>' for kind in sorted(kinds))
     loss = [Curve("training", *data.loss), Curve("validation", *data.val_loss, kind="points")]
-    yield _chart(
-        'Loss: <b class="legend main">training</b>, <b class="legend points">validation</b>'
-        + marks,
-        draw_curves("loss", loss, marks=data.marks),
-    )
+    legend = ': <b class="legend main">training</b>, <b class="legend points">validation</b>'
+    yield figure("Loss", draw_curves("loss", loss, marks=data.marks), legend + marks)
     lr = [Curve("learning rate", *data.lr)]
-    yield _chart("Learning rate", draw_curves("learning rate", lr, floor=0))
+    yield figure("Learning rate", draw_curves("learning rate", lr, floor=0))
     norm = [Curve("gradient norm", *data.grad_norm)]
     drawn = draw_curves("gradient norm", norm, marks=data.marks)
-    yield _chart(f"Gradient norm before clipping{marks}", drawn)
+    yield figure("Gradient norm before clipping", drawn, marks)
     speed = [Curve("samples per second", *data.speed)]
-    yield _chart("Samples per second", draw_curves("samples per second", speed, floor=0))
+    yield figure("Samples per second", draw_curves("samples per second", speed, floor=0))
     wait = [Curve("%", data.wait[0], 100 * data.wait[1])]
-    yield _chart("Waiting for data, % of a step", draw_curves("waiting for data", wait, floor=0))
-
-
-def _chart(caption: str, drawn: str) -> str:
-    """With a caption that is HTML."""
-    return f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>"
+    yield figure("Waiting for data, % of a step", draw_curves("waiting for data", wait, floor=0))
 
 
 def _odd(data: RunData) -> str:
@@ -148,13 +140,12 @@ def _odd(data: RunData) -> str:
     )
     more = len(data.marks) > len(data.odd)
     which = f"The last {len(data.odd)} of {len(data.marks)}" if more else "All"
-    return (
-        f'<h2 id="{anchor(_ODD)}">{_ODD}</h2><p class="soft">Skipped: loss or gradient were not '
-        "finite, so nothing was updated. Spike: the loss was far above its running mean. "
-        f'{which}, newest first; in full: {METRICS}.</p><div class="wide"><table><tr>'
-        '<th class="n">step</th><th>what</th><th>loss</th><th>gradient norm</th><th>cases</th></tr>'
-        f"{rows}</table></div>"
+    note = (
+        "Skipped: loss or gradient were not finite, so nothing was updated. Spike: the loss was "
+        f"far above its running mean. {which}, newest first; in full: {METRICS}."
     )
+    heads = '<th class="n">step</th><th>what</th><th>loss</th><th>gradient norm</th><th>cases</th>'
+    return _table(_ODD, note, heads, rows)
 
 
 def _names(cases: Any) -> str:
@@ -179,10 +170,15 @@ def _history(data: RunData) -> str:
         f"<td>{text(str(event.get('message', '')))}</td></tr>"
         for event in reversed(data.history)
     )
+    heads = '<th>time</th><th class="n">step</th><th>event</th><th></th>'
+    return _table("History", f"Newest first; in full: {HISTORY}.", heads, rows)
+
+
+def _table(title: str, note: str, heads: str, rows: str) -> str:
+    """A section that is a table; heads and rows are HTML."""
     return (
-        f'<h2>History</h2><p class="soft">Newest first; in full: {HISTORY}.</p>'
-        '<div class="wide"><table><tr><th>time</th><th class="n">step</th><th>event</th><th></th>'
-        f"</tr>{rows}</table></div>"
+        f'<h2 id="{anchor(title)}">{title}</h2><p class="soft">{note}</p>'
+        f'<div class="wide"><table><tr>{heads}</tr>{rows}</table></div>'
     )
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sparsemae.errors import UserError
+from sparsemae.files import open_checked
 from sparsemae.weights_pickle import LARGEST_PICKLE, RESAVE, SAFE_GLOBALS, check_pickle
 from sparsemae.weights_zip import AGAIN, PICKLE, Entry, check_sums, damaged, read_directory
 
@@ -92,8 +93,7 @@ def read_weights(path: Path) -> Weights:
 def _open(path: Path) -> Iterator[BinaryIO]:
     """The file, for reading; a pipe or device is refused without waiting for it."""
     try:
-        _check_kind(path, os.stat(path))
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = open_checked(path, lambda status: _check_kind(path, status))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; check the path") from None
     except PermissionError:
@@ -107,7 +107,6 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             raise
         raise UserError(f"{str(path)!a}: no file can have this name; check the path") from None
     with os.fdopen(descriptor, "rb") as file:
-        _check_kind(path, os.fstat(descriptor))
         yield file
 
 

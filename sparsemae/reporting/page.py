@@ -88,9 +88,9 @@ def anchor(section: str) -> str:
     return section.lower().replace(" ", "-")
 
 
-def figure(label: str, content: str) -> str:
-    """A chart with its caption."""
-    return f"<figure><figcaption>{text(label)}</figcaption>{content}</figure>"
+def figure(label: str, content: str, legend: str = "") -> str:
+    """A chart with its caption; content, and a legend after the label, are HTML."""
+    return f"<figure><figcaption>{text(label)}{legend}</figcaption>{content}</figure>"
 
 
 def listing(texts: Iterable[str]) -> str:

@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, UInt8
 
 from sparsemae.files import write_atomically
+from sparsemae.reporting.planes import plane_figure
 from sparsemae.runfiles import PICTURE, PREVIEW
 
 Triple = tuple[int, int, int]
 
 MOST_VOXELS = 6_000_000  # of a volume; larger ones are averaged down
 MOST_ROWS = 4  # of the picture
-_HIDDEN = "#30343b"  # where a voxel is masked
 _LETTERS, _LAST_LETTER = 36, "\u024f"  # of a case's name in the picture; the last of Latin
 
 
@@ -149,35 +149,20 @@ def _averaged(volumes: np.ndarray, factors: Triple) -> np.ndarray:
 
 def _picture(stored: StoredPreview) -> bytes:
     """Original, masked and reconstruction in the middle axial plane, a case to a row."""
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state
-
-    rows = min(MOST_ROWS, len(stored.cases))
-    figure = Figure(figsize=(9, 3.2 * rows + 0.4), facecolor="black", layout="constrained")
-    figure.suptitle(f"step {stored.step}", color="white")
     hidden = ~stored.visible
     for axis, width in enumerate(stored.block_size, start=1):
         hidden = hidden.repeat(width, axis)
-    for row in range(rows):
-        middle = stored.original.shape[3] // 2
-        original = stored.original[row, :, :, middle].astype(float)
-        masked = np.where(hidden[row, :, :, middle], np.nan, original)
-        restored = stored.reconstruction[row, :, :, middle]
-        planes = {"original": original, "masked": masked, "reconstruction": restored}
-        for column, (title, plane) in enumerate(planes.items()):
-            axes = figure.add_subplot(rows, 3, 3 * row + column + 1)
-            axes.set_facecolor(_HIDDEN)
-            axes.imshow(
-                plane.T,
-                **{"cmap": "gray", "vmin": 0, "vmax": 255, "origin": "lower"},
-                aspect=stored.spacing[row, 1] / stored.spacing[row, 0],
-                interpolation="nearest",
-            )
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if row == 0:
-                axes.set_title(title, color="white")
-            if column == 0:
-                axes.set_ylabel(_short(stored.cases[row]), color="white", parse_math=False)
+    rows, middle = [], stored.original.shape[3] // 2
+    for i, case in enumerate(stored.cases[:MOST_ROWS]):
+        original = stored.original[i, :, :, middle].astype(float)
+        planes = {
+            "original": original,
+            "masked": np.where(hidden[i, :, :, middle], np.nan, original),
+            "reconstruction": stored.reconstruction[i, :, :, middle],
+        }
+        rows.append((_short(case), stored.spacing[i, 1] / stored.spacing[i, 0], planes))
+    figure = plane_figure(rows, (0, 255), (9, 3.2 * len(rows) + 0.4))
+    figure.suptitle(f"step {stored.step}", color="white")
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=90)
     return file.getvalue()

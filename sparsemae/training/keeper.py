@@ -159,8 +159,9 @@ class Keeper(AbstractContextManager):
 
         def finish() -> Path:
             self.background.wait()
-            self.status.update(state=_EVENTS[code], step=state.step, exit_code=code)
-            self._note(state.step, _EVENTS[code])
+            event = _EVENTS.get(code, _EVENTS[PREEMPTED])
+            self.status.update(state=event, step=state.step, exit_code=code)
+            self._note(state.step, event)
             self._report(state.step)
             return self.newest
 

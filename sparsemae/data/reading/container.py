@@ -15,6 +15,7 @@ from typing import Literal
 
 from sparsemae.data.codes import Findings, VolumeError
 from sparsemae.data.reading.stream import GZIP, Stream, unreadable
+from sparsemae.files import open_checked
 
 Format = Literal["nifti1", "nifti2", "pair1", "pair2", "nrrd", "meta"]
 HEAD = 1024  # bytes that tell a format
@@ -41,8 +42,7 @@ def open_regular(findings: Findings) -> Iterator[tuple[io.FileIO, os.stat_result
     """The file at `findings.path`, open for reading; `VolumeError` unless regular and not empty."""
     path = findings.path
     try:
-        _check_kind(findings, os.stat(path))  # before opening: that alone may stir a device
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = open_checked(path, lambda status: _check_kind(findings, status))
     except VolumeError:
         raise
     except (FileNotFoundError, NotADirectoryError):
@@ -62,9 +62,7 @@ def open_regular(findings: Findings) -> Iterator[tuple[io.FileIO, os.stat_result
             "container.missing", "no file can have this name; check the path"
         ) from None
     with io.FileIO(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        _check_kind(findings, status)  # of what was opened, whatever it was a moment ago
-        yield file, status
+        yield file, os.fstat(descriptor)
 
 
 def _check_kind(findings: Findings, status: os.stat_result) -> None:

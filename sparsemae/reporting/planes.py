@@ -1,0 +1,45 @@
+"""Planes of volumes in rows, grey on black: original, masked, reconstruction."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from numpy import ndarray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HIDDEN = "#30343b"  # where a plane has NaN: a masked voxel
+
+
+def plane_figure(
+    rows: Sequence[tuple[str, float, Mapping[str, Float[ndarray, "across up"]]]],
+    limits: tuple[float, float],
+    size: tuple[float, float],
+) -> "Figure":
+    """Draw planes, `size` inches in all, from black at the lower limit to white at the upper.
+
+    Args:
+        rows: The name of each, how much taller than wide a pixel is, and its planes by title; the
+            titles of the first stand above all.
+    """
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    figure = Figure(figsize=size, facecolor="black", layout="constrained")
+    for row, (name, aspect, planes) in enumerate(rows):
+        for column, (title, plane) in enumerate(planes.items()):
+            axes = figure.add_subplot(len(rows), len(planes), len(planes) * row + column + 1)
+            axes.set_facecolor(HIDDEN)
+            axes.imshow(
+                plane.T,
+                **{"cmap": "gray", "vmin": limits[0], "vmax": limits[1], "origin": "lower"},
+                aspect=aspect,
+                interpolation="nearest",
+            )
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if row == 0:
+                axes.set_title(title, color="white")
+            if column == 0:
+                axes.set_ylabel(name, color="white", parse_math=False)
+    return figure
