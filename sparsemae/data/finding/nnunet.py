@@ -32,10 +32,8 @@ def nnunet(root: str) -> Iterator[Entry]:
     """The training images of the data set in `root`."""
     path = os.path.join(root, DESCRIPTION)
     about = read_json(path)
-    ending = about.get("file_ending", ".nii.gz")
-    if not isinstance(ending, str) or ending.lower() not in SUFFIXES:
-        raise mistake(path, f"file_ending {ending!r} is none of {', '.join(SUFFIXES)}; convert")
-    channels = _channels(path, about)
+    ending = file_ending(path, about)
+    channels = channel_names(path, about)
     if "dataset" in about:
         yield from listed(path, list(_cases(path, about, channels)))
         return
@@ -59,7 +57,15 @@ def nnunet(root: str) -> Iterator[Entry]:
         yield entry
 
 
-def _channels(path: str, about: dict[str, Any]) -> dict[int | None, str]:
+def file_ending(path: str, about: dict[str, Any]) -> str:
+    """What image names end in."""
+    ending = about.get("file_ending", ".nii.gz")
+    if not isinstance(ending, str) or ending.lower() not in SUFFIXES:
+        raise mistake(path, f"file_ending {ending!r} is none of {', '.join(SUFFIXES)}; convert")
+    return ending
+
+
+def channel_names(path: str, about: dict[str, Any]) -> dict[int, str]:
     """The names of the channels by number; nnU-Net 1 and the Decathlon call them modality."""
     names = about.get("channel_names", about.get("modality"))
     if not isinstance(names, dict) or not all(map(_NUMBER.fullmatch, names)):

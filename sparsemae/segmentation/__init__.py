@@ -1,0 +1,1 @@
+"""Labelled data sets: reading them, preparing them, and drawing training patches from them."""
