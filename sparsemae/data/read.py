@@ -20,9 +20,10 @@ from sparsemae.data.reading.geometry import displacement, voxel_sizes
 from sparsemae.data.reading.header import Header
 from sparsemae.data.reading.intensity import check_intensities, read_intensities
 from sparsemae.data.reading.labels import check_labels, read_classes, read_set
+from sparsemae.data.reading.native import NativeGrid
 
 __all__ = [
-    "SUFFIXES", "Labels", "Volume",
+    "SUFFIXES", "Labels", "NativeGrid", "Volume",
     "read_labels", "read_mask", "read_volume", "sniff", "voxel_sizes",
 ]  # fmt: skip
 
@@ -42,6 +43,7 @@ class Volume:
     spacing: tuple[float, float, float]  # mm along D, H, W
     path: Path  # where it was read from, for messages
     warnings: tuple[Notice, ...] = ()
+    native: NativeGrid | None = None  # how the file stores it; None if it is from no file
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Labels:
     spacing: tuple[float, float, float]  # mm along D, H, W
     path: Path
     warnings: tuple[Notice, ...] = ()
+    native: NativeGrid | None = None  # how the file stores it; None if it is from no file
 
 
 def read_volume(
@@ -66,21 +69,25 @@ def read_volume(
     findings = Findings(Path(path))
     flat, header = decode(findings, frame, max_voxels, read_intensities, constant=False)
     check_intensities(flat, header, findings)
-    array, affine = _oriented(flat, header, findings)
-    return Volume(array, affine, voxel_sizes(affine), findings.path, tuple(findings.notices))
+    array, affine, native = _oriented(flat, header, findings)
+    notices = tuple(findings.notices)
+    return Volume(array, affine, voxel_sizes(affine), findings.path, notices, native)
 
 
 def read_mask(path: Path | str, like: Volume) -> Bool[np.ndarray, "D H W"]:
     """Where the mask at `path` is not 0; `VolumeError` unless it is on the grid of `like`."""
     findings = Findings(Path(path))
     flat, header = decode(findings, None, max(like.array.size, MAX_VOXELS), read_set, constant=True)
-    array, affine = _oriented(flat, header, findings)
+    array, affine, _ = _oriented(flat, header, findings)
     _check_grid(array.shape, affine, like, findings)
     return array
 
 
 def read_labels(
-    path: Path | str, *, like: Volume | None = None, classes: Collection[int] | None = None
+    path: Path | str,
+    *,
+    like: Volume | Labels | None = None,
+    classes: Collection[int] | None = None,
 ) -> Labels:
     """Read a label map of whole numbers from 0; floats are fine where they are whole.
 
@@ -96,35 +103,41 @@ def read_labels(
             "labels.one_hot", "a map for each class; give one map of class numbers"
         ) from None
     check_labels(flat, classes, findings)
-    array, affine = _oriented(flat, header, findings)
+    array, affine, native = _oriented(flat, header, findings)
     if like is not None:
         _check_grid(array.shape, affine, like, findings)
-    return Labels(array, affine, voxel_sizes(affine), findings.path, tuple(findings.notices))
+    notices = tuple(findings.notices)
+    return Labels(array, affine, voxel_sizes(affine), findings.path, notices, native)
 
 
 def _oriented(
     flat: Shaped[np.ndarray, "voxels"], header: Header, findings: Findings
-) -> tuple[Shaped[np.ndarray, "D H W"], Float[np.ndarray, "4 4"]]:
-    """Turned to RAS, with the affine of the turned voxels."""
-    affine = header.affine(findings)
+) -> tuple[Shaped[np.ndarray, "D H W"], Float[np.ndarray, "4 4"], NativeGrid]:
+    """Turned to RAS, with the affine of the turned voxels and the grid they were stored on."""
+    stored = header.affine(findings)
     shape = header.shape[:3]
-    orientation = nib.io_orientation(affine)
-    affine = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+    orientation = nib.io_orientation(stored)
+    affine = stored @ nib.orientations.inv_ornt_aff(orientation, shape)
     array = nib.apply_orientation(flat.reshape(shape, order="F"), orientation)
-    return np.ascontiguousarray(array), affine
+    turns = tuple((int(axis), int(direction)) for axis, direction in orientation)
+    native = NativeGrid(shape, stored, turns, header.nifti)
+    return np.ascontiguousarray(array), affine, native
 
 
 def _check_grid(
-    shape: tuple[int, ...], affine: Float[np.ndarray, "4 4"], like: Volume, findings: Findings
+    shape: tuple[int, ...],
+    affine: Float[np.ndarray, "4 4"],
+    like: Volume | Labels,
+    findings: Findings,
 ) -> None:
     if shape != like.array.shape:
         raise findings.refuse(
             "labels.shape",
-            f"shape {shape}, that of {like.path} is {like.array.shape}; resample it to the image",
+            f"shape {shape}, that of {like.path} is {like.array.shape}; resample it to that",
         )
     apart = displacement(affine, like.affine, shape)
     if apart > MISPLACED * min(like.spacing):
         raise findings.refuse(
             "labels.affine",
-            f"lies up to {apart:.4g} mm off {like.path}; resample it to the image",
+            f"lies up to {apart:.4g} mm off {like.path}; resample it to that",
         )

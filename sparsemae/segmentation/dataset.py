@@ -89,6 +89,15 @@ def read_dataset(path: Path) -> Dataset:
     return Dataset(path, path.resolve().name, channels, classes, ordered)
 
 
+def read_classes(description: Path) -> Classes:
+    """The classes that a `dataset.json` names.
+
+    Raises:
+        UserError: It cannot be understood, or uses regions; names the key.
+    """
+    return _classes(description, read_json(os.fspath(description)).get("labels"))
+
+
 def find_images(folder: Path, ending: str, channels: int) -> dict[str, tuple[Path, ...]]:
     """The images of every case in `folder`, by the case's id: CASE_0000, CASE_0001, ...
 

@@ -52,13 +52,25 @@ def read_text(path: str) -> str:
 
 def read_json(path: str) -> dict[str, Any]:
     """The object in a JSON file."""
-    try:
-        data = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise mistake(path, f"not valid JSON ({error}); export it again") from None
+    data = _read_json(path)
     if not isinstance(data, dict):
         raise mistake(path, f"holds {json_kind(data)} where an object {{...}} is expected")
     return data
+
+
+def read_json_list(path: str) -> list[Any]:
+    """The list in a JSON file."""
+    data = _read_json(path)
+    if not isinstance(data, list):
+        raise mistake(path, f"holds {json_kind(data)} where a list [...] is expected")
+    return data
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise mistake(path, f"not valid JSON ({error}); export it again") from None
 
 
 def json_kind(value: Any) -> str:

@@ -55,11 +55,19 @@ class Draw:
 
 
 def draw(
-    rng: np.random.Generator, config: AugmentConfig, spacing: tuple[float, float, float]
+    rng: np.random.Generator,
+    config: AugmentConfig,
+    spacing: tuple[float, float, float],
+    *,
+    slices: int | None = None,
 ) -> Draw:
     """Draw the transform of a patch of voxels of `spacing` mm.
 
     The same numbers are drawn whatever `config` says, so that no option changes what the others do.
+
+    Args:
+        slices: The axis of slices that are too few or too thick to mix: they are turned within
+            themselves, by any angle, and keep their thickness.
     """
     random = rng.random(9)
     flips = (random[:3] < 0.5) & config.mirror
@@ -71,8 +79,12 @@ def draw(
     matrix = None
     if rotated or factor != 1:
         angles = np.deg2rad(config.rotation) * (2 * random[4:7] - 1) * rotated
+        if slices is not None:
+            angles = np.pi * (2 * random[4:7] - 1) * rotated * (np.arange(3) == slices)
         mm = np.asarray(spacing, float)
-        matrix = factor * _rotation(angles) * mm / mm[:, None]  # to mm, rotated, back to voxels
+        factors = np.where(np.arange(3) == slices, 1.0, factor)
+        # to mm, rotated, back to voxels
+        matrix = factors[:, None] * _rotation(angles) * mm / mm[:, None]
         matrix = matrix * np.where(flips, -1, 1)
     return Draw(tuple(bool(f) for f in flips), matrix)
 

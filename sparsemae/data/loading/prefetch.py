@@ -17,7 +17,9 @@ S = TypeVar("S")
 
 
 def to_device_ahead(
-    batches: Iterable[RawBatch], device: torch.device | str
+    batches: Iterable[RawBatch],
+    device: torch.device | str,
+    assemble: Callable[[RawBatch], dict[str, Any]] = assemble,
 ) -> Iterator[dict[str, Any]]:
     """The batches of a loader as patches on `device`, as `assemble` gives them.
 

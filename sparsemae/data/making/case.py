@@ -166,7 +166,7 @@ def metadata(source: Source) -> dict[str, Any]:
 
 def stamp_of(source: Source) -> str:
     """Size and time of the source's files: equal as long as nobody has changed them."""
-    return "+".join(map(_stamp, _files(source)))
+    return "+".join(map(stamp_of_file, _files(source)))
 
 
 def content_of(array: Float32[np.ndarray, "D H W"]) -> str:
@@ -192,7 +192,8 @@ def _other_files(path: Path) -> list[Path]:
     return [other for other in beside if other.is_file()]
 
 
-def _stamp(path: Path) -> str:
+def stamp_of_file(path: Path) -> str:
+    """Size and time of one file."""
     try:
         status = path.stat()
     except OSError:

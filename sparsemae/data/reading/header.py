@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 from jaxtyping import Float
 
@@ -24,6 +25,7 @@ class Header:
     slope: float = 1.0
     intercept: float = 0.0
     affine: Callable[[Findings], Float[np.ndarray, "4 4"]]  # voxel indices to RAS mm, checked
+    nifti: nib.Nifti1Header | None = None  # every field as read, to be copied and never trusted
 
     @property
     def voxels(self) -> int:

@@ -50,6 +50,7 @@ def read_nifti(stream: Stream, found: Format) -> Header:
         slope=slope,
         intercept=intercept,
         affine=lambda findings: nifti_affine(fields, findings),
+        nifti=fields,
     )
 
 

@@ -107,10 +107,18 @@ def write_array(store: Path, file: str, array: Shaped[np.ndarray, "1 D H W"]) ->
 
 
 def read_array(
-    store: Path, stored: StoredFile, start: Sequence[int], stop: Sequence[int]
+    store: Path,
+    stored: StoredFile,
+    start: Sequence[int],
+    stop: Sequence[int],
+    *,
+    remedy: str | None = None,
 ) -> Shaped[np.ndarray, "1 d h w"]:
-    """Voxels start <= i < stop, from checked chunks; `UserError` if one is damaged."""
-    with _named(store, stored), (store / stored.file).open("rb", buffering=0) as file:
+    """Voxels start <= i < stop, from checked chunks; `UserError` if one is damaged.
+
+    `remedy` is what its message says instead of what mends a store of `sparsemae preprocess`.
+    """
+    with _named(store, stored, remedy), (store / stored.file).open("rb", buffering=0) as file:
         layout = _checked_layout(file.fileno(), stored)
         buffer = np.empty(layout.size, np.uint8)  # pages of chunks not asked for are never touched
         buffer[: len(layout.head)] = np.frombuffer(layout.head, np.uint8)
@@ -135,20 +143,21 @@ def check_array(store: Path, stored: StoredFile) -> None:
 
 
 @contextlib.contextmanager
-def _named(store: Path, stored: StoredFile) -> Iterator[None]:
+def _named(store: Path, stored: StoredFile, remedy: str | None = None) -> Iterator[None]:
     """Say which file is bad, and what mends it."""
-    path, again = store / stored.file, f"`sparsemae preprocess SRC -o {store}"
+    path, command = store / stored.file, f"`sparsemae preprocess SRC -o {store}"
+    missing, damaged = (f"{command}{flag}` makes the case again" for flag in ("", " --verify"))
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; {again}` makes the case again") from None
+        raise UserError(f"{path}: missing; {remedy or missing}") from None
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); check the disk and permissions; "
-            f"{again} --verify` makes the case again"
+            f"{remedy or damaged}"
         ) from None
     except Damaged as error:
-        raise UserError(f"{path}: {error}; {again} --verify` makes the case again") from None
+        raise UserError(f"{path}: {error}; {remedy or damaged}") from None
 
 
 def _checked_layout(descriptor: int, stored: StoredFile) -> _Layout:

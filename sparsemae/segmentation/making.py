@@ -1,0 +1,183 @@
+"""Preparing all cases of a data set for a plan, once, in several processes.
+
+Run again it makes only what is missing, or was made of files that have changed since.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sparsemae.data.codes import VolumeError, one_line
+from sparsemae.data.making.case import stamp_of_file
+from sparsemae.data.making.workers import Lost, run_jobs
+from sparsemae.errors import UserError
+from sparsemae.files import TEMPORARY, locked
+from sparsemae.live import LiveLine, say
+from sparsemae.planning.plan import Plan
+from sparsemae.segmentation.dataset import Classes, Dataset, SegCase
+from sparsemae.segmentation.locations import find_locations
+from sparsemae.segmentation.prepare import prepare_case
+from sparsemae.segmentation.reading import read_case
+from sparsemae.segmentation.store import (
+    INDEX,
+    LabelledStore,
+    StoredCase,
+    is_there,
+    write_case,
+    write_index,
+)
+
+LOCK = ".lock"
+RULES = 1  # of preparing; raised when they change, so that no store of old ones is taken
+_WAIT = 2.0  # seconds between looks at whether another process is done
+_NAMED = 5  # bad cases in a message
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case to prepare."""
+
+    store: Path
+    case: SegCase
+    classes: Classes
+    plan: Plan
+    stamp: str
+
+
+def prepare_store(
+    dataset: Dataset,
+    plan: Plan,
+    folder: Path,
+    *,
+    workers: int = 0,
+    console: Console | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> LabelledStore | None:
+    """The data set's training cases on the plan's grid, in a folder of their own below `folder`.
+
+    Plans that give equal voxels share it, whatever their networks. A second process waits for the
+    first.
+
+    Args:
+        workers: Processes; 0 works in this one.
+        stopped: Asked between cases; None is returned once it is True.
+
+    Raises:
+        UserError: Cases cannot be used; names them. What is whole is kept.
+        OSError: The folder cannot be written.
+    """
+    made = _made(plan, dataset.classes)
+    key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
+    store = folder / f"{dataset.name}-{key}"
+    store.mkdir(parents=True, exist_ok=True)
+    console = console or Console(quiet=True)
+    with _alone(store, console, stopped):
+        known = _known(store, made)
+        stamps = {case.id: _stamp(case) for case in dataset.training}
+        kept = {
+            case.id: case
+            for case in known
+            if stamps.get(case.id) == case.stamp and is_there(store, case)
+        }
+        jobs = [
+            Job(store, case, dataset.classes, plan, stamps[case.id])
+            for case in dataset.training
+            if case.id not in kept
+        ]
+        if not jobs and len(known) == len(kept):
+            return LabelledStore.open(store)
+        for leftover in store.glob(f"*/*{TEMPORARY}"):
+            leftover.unlink(missing_ok=True)
+        failures = []
+        with LiveLine(console, "preparing", total=len(jobs)) as line:
+            outcomes = run_jobs(_prepare, jobs, min(workers, len(jobs)), stopped=stopped)
+            for done, (job, outcome) in enumerate(outcomes, start=1):
+                if isinstance(outcome, StoredCase):
+                    kept[job.case.id] = outcome
+                else:
+                    reason = outcome.reason if isinstance(outcome, Lost) else outcome
+                    failures.append(f"{job.case.id}: {reason}")
+                text = f"prepared {done} of {len(jobs)} cases"
+                line.update(done, len(jobs), job.case.id, text, last=done == len(jobs))
+        if kept:
+            write_index(store, list(kept.values()), made)
+        if failures:
+            raise UserError(_told(failures))
+        return None if stopped() and len(kept) < len(stamps) else LabelledStore.open(store)
+
+
+def _made(plan: Plan, classes: Classes) -> dict[str, Any]:
+    """What decides the voxels of a prepared case."""
+    return {
+        "rules": RULES,
+        "spacing": list(plan.spacing),
+        "channels": [channel.model_dump(mode="json") for channel in plan.channels],
+        "classes": list(classes.names),
+        "ignore": classes.ignore,
+    }
+
+
+def _prepare(job: Job) -> StoredCase | str:
+    """The stored case, or why there is none."""
+    try:
+        volumes, labels = read_case(job.case, job.classes)
+        ready = prepare_case(volumes, labels, job.plan)
+    except VolumeError as error:
+        return str(error)
+    seed = int.from_bytes(hashlib.sha256(job.case.id.encode()).digest()[:8], "big")
+    locations = find_locations(ready.labels, len(job.classes), seed)
+    return write_case(
+        *(job.store, job.case.id, ready, locations), spacing=job.plan.spacing, stamp=job.stamp
+    )
+
+
+@contextlib.contextmanager
+def _alone(store: Path, console: Console, stopped: Callable[[], bool]) -> Iterator[None]:
+    """Hold the store, after whoever is preparing in it."""
+    with contextlib.ExitStack() as stack:
+        told = False
+        while True:
+            try:
+                stack.enter_context(locked(store / LOCK, busy=f"{store}: in use"))
+                break
+            except UserError:
+                if stopped():
+                    raise
+                if not told:
+                    say(console, f"{store}: another process prepares it; waiting")
+                    told = True
+                time.sleep(_WAIT)
+        yield
+
+
+def _known(store: Path, made: dict[str, Any]) -> tuple[StoredCase, ...]:
+    """What is there already; a damaged index is made anew, with all it named."""
+    if not (store / INDEX).exists():
+        return ()
+    try:
+        opened = LabelledStore.open(store)
+    except UserError:
+        for path in store.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+        return ()
+    return opened.cases if opened.made == made else ()
+
+
+def _stamp(case: SegCase) -> str:
+    files = (*case.images, *(() if case.label is None else (case.label,)))
+    return "+".join(map(stamp_of_file, files))
+
+
+def _told(failures: list[str]) -> str:
+    more = f"; and {len(failures) - _NAMED} more" if len(failures) > _NAMED else ""
+    what = "1 case" if len(failures) == 1 else f"{len(failures)} cases"
+    return one_line(f"{what} cannot be used: {'; '.join(failures[:_NAMED])}{more}")

@@ -1,0 +1,131 @@
+"""Samples of labelled cases as the loader's workers read them; `patches.assemble` makes patches.
+
+Where a sample lies and how it is varied follows from the seed and its number in the run alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from sparsemae.data.loading.affine import AugmentConfig, Draw, draw, needed_box
+from sparsemae.data.loading.order import case_of, generator_of
+from sparsemae.data.loading.samples import grid_tables
+from sparsemae.errors import LoaderError, UserError
+from sparsemae.segmentation.intensity import IntensityDraw, draw_intensity
+from sparsemae.segmentation.resampling import ANISOTROPIC
+from sparsemae.segmentation.store import LabelledStore, StoredCase
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class LabelledSample:
+    """A box of a case that becomes a patch. Its arrays may also be tensors, on any device."""
+
+    case: str
+    voxels: Float[np.ndarray, "C d h w"]
+    labels: Int[np.ndarray, "d h w"]
+    corner: Triple  # where the box lies in a patch that is not resampled, before it is mirrored
+    flips: tuple[bool, bool, bool]
+    grid: Float32[np.ndarray, "3 D+H+W"] | None  # None: not resampled; else see `grid_tables`
+    intensity: IntensityDraw | None = None  # what is done to the finished patch
+
+    def map(self, move: Callable[[Any], Any]) -> "LabelledSample":
+        """The sample with `move` applied to each of its arrays."""
+        arrays = {name: getattr(self, name) for name in ("voxels", "labels", "grid")}
+        return replace(self, **{k: move(v) for k, v in arrays.items() if v is not None})
+
+
+class LabelledReader:
+    """`reader(i)` is sample i of a run, the same in whatever process and order.
+
+    Args:
+        batch_size: Of all ranks together. In every batch the last samples, `foreground` of them
+            rounded to at least one, are sure to show a class, drawn among those the case has.
+        augment: What is varied at random; None for nothing.
+        intensities: Whether intensities are varied, too.
+    """
+
+    def __init__(
+        self,
+        store: LabelledStore,
+        patch_size: Triple,
+        batch_size: int,
+        *,
+        seed: int,
+        augment: AugmentConfig | None,
+        intensities: bool,
+        foreground: float,
+    ):
+        self.store, self.patch_size, self.batch_size = store, patch_size, batch_size
+        self.seed, self.augment, self.intensities = seed, augment, intensities
+        # as nnU-Net: of two patches the second, with a share of 0.33
+        self.anywhere = round(batch_size * (1 - foreground))
+        self.slices = slice_axis(patch_size)
+
+    def case_of(self, sample: int) -> StoredCase:
+        """The case that a sample shows; every case once per epoch of as many samples as cases."""
+        return self.store.cases[case_of(sample, len(self.store), self.seed)]
+
+    def __call__(self, sample: int) -> LabelledSample:
+        """Read sample `sample` >= 0.
+
+        Raises:
+            UserError: The case's file is damaged or gone.
+            LoaderError: Anything else, with the name of the case.
+        """
+        case = self.case_of(sample)
+        try:
+            return self._read(case, sample)
+        except UserError:
+            raise
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            raise LoaderError(f"case {case.id}: {text}") from error
+
+    def begin(self, case: StoredCase, sample: int, random: Float[np.ndarray, "5"]) -> np.ndarray:
+        """The case's voxel that is the patch's first; negative where the case is smaller."""
+        room = np.subtract(case.shape, self.patch_size)
+        least = np.where(room < 0, -(-room // 2), 0)
+        most = np.where(room < 0, least, room)
+        if sample % self.batch_size >= self.anywhere and any(case.counts):
+            there = np.flatnonzero(case.counts)
+            number = int(there[int(random[3] * len(there))])
+            which = int(random[4] * case.counts[number])
+            voxel = self.store.location(case, number + 1, which)
+            return np.clip(voxel - np.floor_divide(self.patch_size, 2), least, most)
+        return least + np.floor(random[:3] * (most - least + 1)).astype(int)
+
+    def _read(self, case: StoredCase, sample: int) -> LabelledSample:
+        rng = generator_of(sample, len(self.store), self.seed)
+        begin = self.begin(case, sample, rng.random(5))
+        transform = Draw((False,) * 3, None)
+        if self.augment is not None:
+            transform = draw(rng, self.augment, case.spacing, slices=self.slices)
+        matrix, grid = transform.matrix, None
+        start, stop, _ = needed_box(begin, self.patch_size, matrix, case.shape)
+        corner = tuple(a - b for a, b in zip(start, begin.tolist(), strict=True))
+        if matrix is not None:
+            size = tuple(b - a for a, b in zip(start, stop, strict=True))
+            grid = grid_tables(self.patch_size, matrix, corner, size)
+        return LabelledSample(
+            case=case.id,
+            voxels=self.store.read_image(case, start, stop),
+            labels=self.store.read_labels(case, start, stop),
+            corner=corner,
+            flips=transform.flips,
+            grid=grid,
+            intensity=draw_intensity(rng, len(case.images)) if self.intensities else None,
+        )
+
+
+def slice_axis(patch_size: Triple) -> int | None:
+    """The axis with so few voxels beside the others that slices are not mixed; None if none has.
+
+    Source: nnunetv2 2.8.1, dummy 2D augmentation.
+    """
+    least = int(np.argmin(patch_size))
+    return least if max(patch_size) > ANISOTROPIC * patch_size[least] else None
