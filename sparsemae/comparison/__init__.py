@@ -1,0 +1,1 @@
+"""Methods compared over data sets: the suite, its jobs, their scores, statistics and pages."""
