@@ -5,14 +5,19 @@ signal as asked, 130 by Ctrl-C, 1 bug or machine.
 """
 
 import errno
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from sparsemae.errors import DivergedError, LoaderError, OutOfMemoryError, RankError, UserError
+
+if TYPE_CHECKING:
+    from sparsemae.training.run import Outcome
 
 app = typer.Typer(
     help="Pre-train 3D CNNs on medical volumes by masked autoencoding that skips masked voxels.",
@@ -121,7 +126,7 @@ def pretrain(
     ] = False,
 ) -> None:
     """Pre-train a masked autoencoder on a store; under torchrun, on several GPUs."""
-    from sparsemae.signals import INTERRUPTED, stop_code
+    from sparsemae.signals import stop_code
 
     with stop_code() as stop:  # before what takes its time to import
         from sparsemae.config import load_config
@@ -131,16 +136,73 @@ def pretrain(
         loaded, overrides = None, overrides or []
         if not resume or config is not None:
             loaded = load_config(PretrainConfig, config or "s3d-resenc-l", overrides)
-        try:
-            outcome = train(store, run, loaded, overrides=overrides, resume=resume, stop=stop)
-        except KeyboardInterrupt:
-            sys.stdout.flush()
-            os._exit(INTERRUPTED)  # the interpreter would wait for a checkpoint on its way
-    if outcome.exit_code and _first():
-        _say(f"stopped at step {outcome.step} as asked; --resume goes on from there")
-    elif _first():
-        _say(f"done: {outcome.checkpoint}")
-    raise typer.Exit(outcome.exit_code)
+        outcome = _until_interrupted(
+            lambda: train(store, run, loaded, overrides=overrides, resume=resume, stop=stop)
+        )
+    _tell(outcome)
+
+
+@app.command()
+def finetune(
+    dataset: Annotated[
+        Path, typer.Argument(metavar="DATASET", help="In nnU-Net's raw layout, with dataset.json.")
+    ],
+    run: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Run folder.")],
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FROM", help="Weights to start from: a run, .safetensors, .pth, or none."
+        ),
+    ] = None,
+    fold: Annotated[
+        str | None, typer.Option(metavar="K", help="Cases to hold out: 0, 1, ... or all; 0.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE|FILE.toml", help="Configuration; finetune, or scratch with --init none."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For prepared cases, shared by runs; RUN/store."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that prepare cases.")] = 1,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the run in RUN; start it if --init is given."),
+    ] = False,
+) -> None:
+    """Fine-tune for segmentation: plan, prepare, train; under torchrun, on several GPUs."""
+    from sparsemae.signals import stop_code
+
+    with stop_code() as stop:  # before what takes its time to import
+        from sparsemae.config import load_config
+        from sparsemae.finetune import FinetuneConfig
+        from sparsemae.finetune import finetune as train
+
+        loaded, overrides = None, list(overrides or [])
+        if not resume or init is not None or config is not None:
+            if init is None and not any(item.startswith("init=") for item in overrides):
+                raise UserError("--init: give the weights to start from, or none for none")
+            if init is not None:
+                overrides.append(f"init={_quoted(init)}")
+            if fold is not None:
+                overrides.append(f"fold={fold}")
+            recipe = config or ("scratch" if init == "none" else "finetune")
+            loaded = load_config(FinetuneConfig, recipe, overrides)
+        outcome = _until_interrupted(
+            lambda: train(
+                *(dataset, run, loaded),
+                store=store,
+                workers=workers,
+                overrides=overrides,
+                resume=resume,
+                stop=stop,
+            )
+        )
+    _tell(outcome)
 
 
 @app.command()
@@ -169,8 +231,6 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
     """Tell where a run stands."""
-    import json
-
     from sparsemae.status import describe, read_status
 
     found = read_status(run)
@@ -229,6 +289,30 @@ def main() -> None:
             "; free some space, and run it again: what was whole before is kept" if full else ""
         )
         _fail(f"{error.filename or ''}: {error.strerror or error}{remedy}".lstrip(": "), 1)
+
+
+def _until_interrupted(train: Callable[[], "Outcome"]) -> "Outcome":
+    from sparsemae.signals import INTERRUPTED
+
+    try:
+        return train()
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)  # the interpreter would wait for a checkpoint on its way
+
+
+def _tell(outcome: "Outcome") -> NoReturn:
+    """Say how a run ended, and end with its exit code."""
+    if outcome.exit_code and _first():
+        _say(f"stopped at step {outcome.step} as asked; --resume goes on from there")
+    elif _first():
+        _say(f"done: {outcome.checkpoint}")
+    raise typer.Exit(outcome.exit_code)
+
+
+def _quoted(text: str) -> str:
+    """As a TOML string, whatever it looks like."""
+    return json.dumps(text)
 
 
 def _fail(message: str, code: int, *, everywhere: bool = False) -> None:

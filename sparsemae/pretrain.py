@@ -12,14 +12,14 @@ from sparsemae.config import load_config
 from sparsemae.data.store import Store
 from sparsemae.errors import UserError
 from sparsemae.models.mae import SparseMAE
-from sparsemae.pretraining.config import RESUMABLE, PretrainConfig, build_mae
+from sparsemae.pretraining.config import PretrainConfig, build_mae
 from sparsemae.pretraining.objective import Objective
-from sparsemae.runfiles import CHECKPOINTS, CONFIG
-from sparsemae.training.folder import check_free, claimed, config_file, versions
-from sparsemae.training.keeper import changed_keys
+from sparsemae.runfiles import CHECKPOINTS
+from sparsemae.training.folder import claimed, config_file, versions
 from sparsemae.training.logs import require_tensorboard
 from sparsemae.training.options import check_precision
 from sparsemae.training.ranks import join_ranks
+from sparsemae.training.resuming import resumable, settle
 from sparsemae.training.run import Outcome, run_task
 from sparsemae.training.task import Task
 
@@ -50,8 +50,8 @@ def pretrain(
 
     Args:
         config: Of a new run. When resuming it may be None, then `run/config.toml` is read; else it
-            must be the run's own, but for keys in `RESUMABLE`.
-        overrides: `key=value` for what is read from `run/config.toml`: keys in `RESUMABLE`.
+            must be the run's own, but for what `training.options.RESUMABLE` lists.
+        overrides: `key=value` for what is read from `run/config.toml`: such keys.
         resume: Go on in `run`; a folder without a run gets a new one.
         stop: Asked in every step for an exit code to stop with; 0 to go on.
 
@@ -61,11 +61,11 @@ def pretrain(
         DivergedError, LoaderError, OutOfMemoryError: The run has failed; its folder says so.
     """
     # the device alone is needed of it: what else counts is read by rank 0, before anything changes
-    first = config or load_config(PretrainConfig, config_file(run), _checked(overrides))
+    first = config or load_config(PretrainConfig, config_file(run), resumable(overrides))
     timeout = max(600.0, 2 * first.data.timeout)
     with join_ranks(first.train.device, timeout=timeout) as ranks, ExitStack() as stack:
         shown = (console or Console()) if ranks.main else Console(quiet=True)
-        config = ranks.shared(lambda: _settled(run, config, overrides, resume=resume))
+        config = ranks.shared(lambda: settle(PretrainConfig, run, config, overrides, resume=resume))
         mae = build_mae(config)
         check_precision(config.train, ranks.device.type)
         data = Store.open(store)
@@ -128,34 +128,3 @@ def _task(config: PretrainConfig, data: Store, objective: Objective) -> Task:
             "versions": versions(),
         },
     )
-
-
-def _settled(
-    run: Path, config: PretrainConfig | None, overrides: Sequence[str], *, resume: bool
-) -> PretrainConfig:
-    """The configuration that counts; the folder is looked at, not changed."""
-    check_free(run, resume=resume)
-    if not (resume and (run / CONFIG).exists()):
-        if config is None:
-            config_file(run)
-        return config.resolved()
-    if config is None:
-        return load_config(PretrainConfig, config_file(run), _checked(overrides))
-    before = load_config(PretrainConfig, config_file(run))
-    if changed := changed_keys(before.defining(), config.defining()):
-        raise UserError(
-            f"--config: {', '.join(changed)} differ from those of the run in {run}, which keeps "
-            f"them: drop --config and --set to resume it, or start a new run in another folder"
-        )
-    return config.resolved()
-
-
-def _checked(overrides: Sequence[str]) -> Sequence[str]:
-    for item in overrides:
-        key = item.partition("=")[0].strip()
-        if key not in RESUMABLE:
-            raise UserError(
-                f"--set {item}: a resumed run keeps its {key}; it may change "
-                f"{', '.join(RESUMABLE)}. Start a new run for anything else"
-            )
-    return overrides

@@ -114,3 +114,16 @@ def check_share(batch_size: int, world_size: int) -> None:
             f"data.batch_size {batch_size} does not divide by {world_size} ranks: the nearest "
             f"valid sizes are {valid}"
         )
+
+
+def check_parts(batch_size: int, world_size: int, parts: int) -> None:
+    """Refuse a batch that ranks and `train.accumulate` cannot share equally."""
+    check_share(batch_size, world_size)
+    each = batch_size // world_size
+    if each % parts:
+        valid = ", ".join(str(n) for n in range(1, each + 1) if not each % n)
+        whose = f"each of {world_size} ranks has" if world_size > 1 else "a step has"
+        raise UserError(
+            f"train.accumulate {parts}: {whose} {each} samples of data.batch_size {batch_size}, "
+            f"which make no {parts} equal parts: choose from {valid}"
+        )

@@ -15,14 +15,7 @@ from sparsemae.models.mae import SparseMAE
 from sparsemae.models.masking import check_decode, check_grid, nearest_multiples
 from sparsemae.models.resenc import ResEncUNet
 from sparsemae.models.topology import PRESETS
-from sparsemae.training.options import TrainConfig, check_train
-
-# What a resumed run may change: its length, which stretches the schedule, and how it is run.
-RESUMABLE = (
-    "train.steps", "train.save_every", "train.keep", "train.max_skipped", "train.accumulate",
-    "train.compile", "train.deterministic", "train.tensorboard", "train.device", "data.workers",
-    "data.timeout",
-)  # fmt: skip
+from sparsemae.training.options import RESUMABLE, TrainConfig, check_train, without
 
 
 def _one_of(what: str, names: Sequence[str]):
@@ -102,11 +95,7 @@ class PretrainConfig(Strict):
 
     def defining(self) -> dict[str, Any]:
         """What a resumed run must have in common with this one, as plain data."""
-        values = self.resolved().model_dump(mode="json")
-        for key in RESUMABLE:
-            section, _, name = key.partition(".")
-            del values[section][name]
-        return values
+        return without(self.resolved().model_dump(mode="json"), RESUMABLE)
 
 
 def build_mae(config: PretrainConfig) -> SparseMAE:

@@ -4,25 +4,23 @@ Every random number of a sample, its mask included, follows from the seed and th
 the run. So a step sees the same on one rank or many, in one part or several.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from sparsemae.data.loader import check_share, make_loader
+from sparsemae.data.loader import check_parts, make_loader
 from sparsemae.data.loading.augment import assemble
 from sparsemae.data.loading.prefetch import to_device_ahead
 from sparsemae.data.loading.samples import RawBatch, SampleReader
 from sparsemae.data.store import Store
-from sparsemae.errors import UserError
 from sparsemae.models.mae import SparseMAE, masked_error
 from sparsemae.models.masking import Masks
 from sparsemae.pretraining.config import PretrainConfig
 from sparsemae.training.loop import Batch, Loss
-from sparsemae.training.options import autocast
+from sparsemae.training.options import evaluating
 from sparsemae.training.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -48,7 +46,7 @@ class Objective:
         size = config.data.patch_size
         self._order = SampleReader(self._train, size, seed=config.seed)
         self._fixed = SampleReader(shown, size, seed=0, foreground=1.0)
-        _check_parts(config, ranks)
+        check_parts(config.data.batch_size, ranks.world_size, config.train.accumulate)
 
     def batches(self, start_step: int) -> Iterable[Batch]:
         """This rank's share of the batches from a step on."""
@@ -85,8 +83,9 @@ class Objective:
     def validate(self, model: SparseMAE) -> float:
         """The mean error on fixed patches of held-out cases with fixed masks; on all ranks."""
         ranks, count = self.ranks, self.config.data.validation
+        precision = self.config.train.precision
         sums = torch.zeros(2, count, dtype=torch.float64, device=ranks.device)
-        with self._evaluated(model):
+        with evaluating(model, precision, ranks.device):
             for i in range(ranks.rank, count, ranks.world_size):
                 batch, masks = self._held_out(i)
                 image = batch["image"]
@@ -100,8 +99,9 @@ class Objective:
         from sparsemae.reporting.preview import Preview  # only where there is a report
 
         shown = [self._held_out(i) for i in range(PREVIEWED)]
+        precision, ranks = self.config.train.precision, self.ranks
         restored = []
-        with self._evaluated(model), model.decoding_all_masked():
+        with evaluating(model, precision, ranks.device), model.decoding_all_masked():
             for batch, masks in shown:
                 restored.append(model.reconstruct(batch["image"], masks).float().cpu())
         return Preview(
@@ -137,27 +137,6 @@ class Objective:
             return low
         key = _key(self.config.seed, _RATIO, step)
         return float(np.random.default_rng(key).uniform(low, high))
-
-    @contextlib.contextmanager
-    def _evaluated(self, model: nn.Module) -> Iterator[None]:
-        training = model.training
-        model.eval()
-        with torch.no_grad(), autocast(self.config.train.precision, self.ranks.device):
-            yield
-        model.train(training)
-
-
-def _check_parts(config: PretrainConfig, ranks: Ranks) -> None:
-    batch, parts = config.data.batch_size, config.train.accumulate
-    check_share(batch, ranks.world_size)
-    each = batch // ranks.world_size
-    if each % parts:
-        valid = ", ".join(str(n) for n in range(1, each + 1) if not each % n)
-        whose = f"each of {ranks.world_size} ranks has" if ranks.many else "a step has"
-        raise UserError(
-            f"train.accumulate {parts}: {whose} {each} samples of data.batch_size {batch}, which "
-            f"make no {parts} equal parts: choose from {valid}"
-        )
 
 
 def _key(seed: int, purpose: int, number: int) -> int:

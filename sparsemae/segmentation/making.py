@@ -21,7 +21,7 @@ from sparsemae.data.making.workers import Lost, run_jobs
 from sparsemae.errors import UserError
 from sparsemae.files import TEMPORARY, locked
 from sparsemae.live import LiveLine, say
-from sparsemae.planning.plan import Plan
+from sparsemae.planning.plan import ChannelPlan, Plan
 from sparsemae.segmentation.dataset import Classes, Dataset, SegCase
 from sparsemae.segmentation.locations import find_locations
 from sparsemae.segmentation.prepare import prepare_case
@@ -119,10 +119,15 @@ def _made(plan: Plan, classes: Classes) -> dict[str, Any]:
     return {
         "rules": RULES,
         "spacing": list(plan.spacing),
-        "channels": [channel.model_dump(mode="json") for channel in plan.channels],
+        "channels": [_deciding(channel) for channel in plan.channels],
         "classes": list(classes.names),
         "ignore": classes.ignore,
     }
+
+
+def _deciding(channel: ChannelPlan) -> dict[str, Any]:
+    raw = channel.model_dump(mode="json")
+    return raw if channel.normalization == "ct" else raw | {"intensities": None}
 
 
 def _prepare(job: Job) -> StoredCase | str:

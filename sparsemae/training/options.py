@@ -1,12 +1,22 @@
 """`[train]`: the configuration of the loop, and what of it cannot be."""
 
-from typing import Literal
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import nn
 
 from sparsemae.config import Strict
 from sparsemae.errors import UserError
+
+# What a resumed run may change: its length, which stretches the schedule, and how it is run.
+RESUMABLE = (
+    "train.steps", "train.save_every", "train.keep", "train.max_skipped", "train.accumulate",
+    "train.compile", "train.deterministic", "train.tensorboard", "train.device", "data.workers",
+    "data.timeout",
+)  # fmt: skip
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,6 +51,16 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
+    """Within it, the model is in evaluation mode and computes in `precision` without gradients."""
+    training = model.training
+    model.eval()
+    with torch.no_grad(), autocast(precision, device):
+        yield
+    model.train(training)
+
+
 def check_precision(config: TrainConfig, device: str) -> None:
     """Refuse a precision that a kind of device computes wrongly.
 
@@ -73,3 +93,12 @@ def check_train(config: TrainConfig) -> None:
             f"train.warmup {config.warmup}{twice} leaves nothing of train.steps {config.steps}: "
             f"lower it"
         )
+
+
+def without(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """A configuration as plain data, without these dotted keys."""
+    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for key in keys:
+        section, _, name = key.partition(".")
+        del values[section][name]
+    return values

@@ -1,0 +1,121 @@
+"""Segmentation as a task for the training loop: batches, loss and validation.
+
+Every random number of a sample follows from the seed and the sample's number in the run, so a step
+sees the same on one rank or many, in one part or several.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sparsemae.data.loader import Loader, check_parts
+from sparsemae.data.loading.prefetch import to_device_ahead
+from sparsemae.data.loading.samples import RawBatch
+from sparsemae.finetuning.config import FinetuneConfig
+from sparsemae.finetuning.loss import segmentation_loss
+from sparsemae.models.resenc import ResEncUNet
+from sparsemae.planning.plan import Plan
+from sparsemae.segmentation.dataset import Classes
+from sparsemae.segmentation.patches import assemble
+from sparsemae.segmentation.samples import LabelledReader
+from sparsemae.segmentation.store import LabelledStore
+from sparsemae.training.loop import Batch, Loss
+from sparsemae.training.options import evaluating
+from sparsemae.training.ranks import Ranks
+
+
+class Segmentation:
+    """Of a configuration, a plan, the cases of a fold and a network on the ranks' device.
+
+    Raises:
+        UserError: The batch cannot be split as `train.accumulate` or the ranks ask.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        plan: Plan,
+        classes: Classes,
+        train: LabelledStore,
+        held_out: LabelledStore,
+        network: ResEncUNet,
+        ranks: Ranks,
+    ):
+        self.config, self.plan, self.classes = config, plan, classes
+        self.network, self.ranks = network, ranks
+        data = config.data
+        varied = data.augmentation != "none"
+        self._reader = LabelledReader(
+            *(train, plan.patch_size, plan.batch_size),
+            seed=config.seed,
+            augment=data if varied else None,
+            intensities=varied,
+            foreground=data.foreground,
+        )
+        self._fixed = LabelledReader(
+            *(held_out, plan.patch_size, plan.batch_size),
+            seed=0,  # the same for runs of any seed, so that they compare
+            augment=None,
+            intensities=False,
+            foreground=data.foreground,
+        )
+        check_parts(plan.batch_size, ranks.world_size, config.train.accumulate)
+
+    def batches(self, start_step: int) -> Iterable[Batch]:
+        """This rank's share of the batches from a step on."""
+        data, size = self.config.data, self.plan.batch_size
+        each = size // self.ranks.world_size
+        share = range(self.ranks.rank * each, (self.ranks.rank + 1) * each)
+        steps = range(start_step, self.config.train.steps)
+        pool = {"workers": data.workers, "timeout": data.timeout}
+        loader = Loader(self._reader, steps, share, size, **pool)
+        return to_device_ahead(loader, self.ranks.device, assemble)
+
+    def cases_of(self, step: int) -> list[str]:
+        """The cases of a step's samples, over all ranks."""
+        size = self.plan.batch_size
+        return [self._reader.case_of(step * size + slot).id for slot in range(size)]
+
+    def loss_of(self, model: nn.Module, batch: Batch, step: int) -> Loss:
+        """Dice and cross-entropy over all levels of the decoder."""
+        return segmentation_loss(
+            model(batch["image"]),
+            batch["labels"],
+            ignore=self.classes.ignore,
+            batch_dice=self.plan.batch_dice,
+        )
+
+    def validate(self, model: ResEncUNet) -> float:
+        """1 minus the mean Dice of the classes over fixed patches of held-out cases; on all ranks.
+
+        As nnU-Net's pseudo Dice, the voxels of all patches are counted together.
+        """
+        ranks, count = self.ranks, self.config.data.validation
+        counts = torch.zeros(3, len(self.classes), dtype=torch.float64, device=ranks.device)
+        with evaluating(model, self.config.train.precision, ranks.device):
+            for i in range(ranks.rank, count, ranks.world_size):
+                raw = RawBatch(self.plan.patch_size, (self._fixed(i),))
+                batch = assemble(raw.map(lambda a: torch.from_numpy(a).to(ranks.device)))
+                logits = model(batch["image"])[0]
+                counts += overlap(logits.argmax(1), batch["labels"], self.classes)
+        return 1 - mean_dice(ranks.total(counts))
+
+
+def overlap(predicted: Tensor, labels: Tensor, classes: Classes) -> Float[Tensor, "3 C"]:
+    """Voxels of each class in both, in the prediction and in the labels; ignored ones left out."""
+    known = labels != classes.ignore if classes.ignore is not None else labels >= 0
+    predicted, labels = predicted[known], labels[known]
+    n = len(classes)
+    both = torch.bincount(labels[predicted == labels], minlength=n)
+    return torch.stack([both, *(torch.bincount(x, minlength=n) for x in (predicted, labels))])
+
+
+def mean_dice(counts: Float[Tensor, "3 C"]) -> float:
+    """Over the foreground classes that are in the prediction or the labels; 0 if none is."""
+    both, predicted, labels = counts[:, 1:]
+    there = predicted + labels > 0
+    if not there.any():
+        return 0.0
+    return float((2 * both[there] / (predicted + labels)[there]).mean())

@@ -1,0 +1,116 @@
+"""Which plan a new fine-tuning run gets."""
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from sparsemae.data.making.case import stamp_of_file
+from sparsemae.errors import UserError
+from sparsemae.files import write_atomically
+from sparsemae.finetuning.config import FinetuneConfig
+from sparsemae.live import say
+from sparsemae.planning.fingerprint import Fingerprint, take_fingerprint
+from sparsemae.planning.like_pretrained import Reference, plan_like_pretrained
+from sparsemae.planning.nnunet_plans import read_plans
+from sparsemae.planning.plan import Plan
+from sparsemae.planning.planner import plan_nnunet
+from sparsemae.segmentation.dataset import Dataset, SegCase
+from sparsemae.transfer.pretrained import Pretrained, read_pretrained
+
+FINGERPRINT = "fingerprint.json"
+
+
+def make_plan(
+    config: FinetuneConfig,
+    dataset: Dataset,
+    pretrained: Pretrained | None,
+    folder: Path,
+    *,
+    workers: int = 1,
+    console: Console,
+) -> Plan:
+    """The plan that `config` asks for; what is learned of the data set is kept in `folder`.
+
+    Raises:
+        UserError: Files of the data set cannot be used, the plan is not one for it, or what it
+            should follow has no network that is known.
+    """
+    chosen, data = config.plan, config.data
+    if chosen.file is not None:
+        return _from_file(config, dataset)
+    mode = chosen.mode
+    reference = pretrained if chosen.like is None else read_pretrained(Path(chosen.like))
+    if mode == "auto":
+        known = reference is not None and reference.topology is not None
+        mode = "like_pretrained" if known else "nnunet"
+    given = {
+        "spacing": chosen.spacing,
+        "patch_size": data.patch_size,
+        "batch_size": data.batch_size,
+    }
+    if mode == "nnunet":
+        fingerprint = _fingerprint(dataset, folder, workers, console)
+        return plan_nnunet(fingerprint, dataset, preset=chosen.preset, **given)
+    if reference is None:
+        raise UserError(
+            "plan.mode like_pretrained: there is nothing to be like; give --init, or plan.like"
+        )
+    if reference.topology is None or (reference.patch_size is None and data.patch_size is None):
+        missing = "strides" if reference.topology is None else "patch size"
+        raise UserError(
+            f"{reference.origin}: nothing in it tells the network's {missing}; set plan.mode=nnunet"
+            f"{', or data.patch_size' if reference.topology is not None else ''}"
+        )
+    fingerprint = _fingerprint(dataset, folder, workers, console)
+    patch_size = reference.patch_size or data.patch_size
+    followed = Reference(reference.topology, patch_size, reference.spacing)
+    return plan_like_pretrained(fingerprint, dataset, followed, **given)
+
+
+def _from_file(config: FinetuneConfig, dataset: Dataset) -> Plan:
+    path = Path(config.plan.file)
+    plans = read_plans(path, dataset.path / "dataset.json", config.plan.configuration)
+    if config.plan.spacing is not None:
+        raise UserError("plan.spacing: plan.file decides the spacing; leave one of them out")
+    update = {
+        key: value
+        for key in ("patch_size", "batch_size")
+        if (value := getattr(config.data, key)) is not None
+    }
+    plan = plans.plan.model_copy(update=update)
+    total = plan.topology.total_stride
+    if any(p % t for p, t in zip(plan.patch_size, total, strict=True)):
+        raise UserError(
+            f"data.patch_size {plan.patch_size} does not divide by the total stride {total} of the "
+            f"network in {path}"
+        )
+    return plan
+
+
+def _fingerprint(dataset: Dataset, folder: Path, workers: int, console: Console) -> Fingerprint:
+    """As kept in `folder`, unless a file of the data set has changed since."""
+    path = folder / f"{dataset.name}-{FINGERPRINT}"
+    stamps = {case.id: _stamp(case) for case in dataset.training}
+    classes = [list(dataset.classes.names), dataset.classes.ignore]
+    try:
+        kept = json.loads(path.read_text())
+        if kept["stamps"] == stamps and kept["classes"] == classes:
+            return Fingerprint.model_validate_json(json.dumps(kept["fingerprint"]))
+    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        pass  # made anew
+    say(console, f"looking at {len(dataset.training)} cases of {dataset.path}")
+    fingerprint = take_fingerprint(dataset, dataset.training, workers=workers, console=console)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {
+        "stamps": stamps,
+        "classes": classes,
+        "fingerprint": fingerprint.model_dump(mode="json"),
+    }
+    write_atomically(path, json.dumps(found, indent=1).encode())
+    return fingerprint
+
+
+def _stamp(case: SegCase) -> str:
+    return "+".join(map(stamp_of_file, (*case.images, case.label)))

@@ -1,0 +1,119 @@
+"""Fine-tuning runs read back: what prediction and export need of them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsemae.checkpoint import Checkpoint, load_checkpoint, load_model
+from sparsemae.config import build_config, load_config
+from sparsemae.errors import UserError
+from sparsemae.finetuning.config import FinetuneConfig
+from sparsemae.models.resenc import ResEncUNet
+from sparsemae.planning.plan import Plan, build_network
+from sparsemae.runfiles import CHECKPOINTS, PLAN
+from sparsemae.segmentation.dataset import Classes
+from sparsemae.training.folder import config_file
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run segments, as every checkpoint of it says."""
+
+    dataset: str  # name
+    path: str  # of the data set, when the run was started
+    channels: tuple[str, ...]
+    classes: Classes
+    train: tuple[str, ...]  # ids of the cases
+    val: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "dataset": self.dataset,
+            "path": self.path,
+            "channels": list(self.channels),
+            "classes": list(self.classes.names),
+            "ignore": self.classes.ignore,
+            "train": list(self.train),
+            "val": list(self.val),
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Task":
+        """What `as_dict` gave."""
+        return cls(
+            raw["dataset"],
+            raw["path"],
+            tuple(raw["channels"]),
+            Classes(tuple(raw["classes"]), raw["ignore"]),
+            tuple(raw["train"]),
+            tuple(raw["val"]),
+        )
+
+
+@dataclass(frozen=True)
+class FinetunedRun:
+    """A run folder read back: plan, classes and weights."""
+
+    config: FinetuneConfig
+    plan: Plan
+    task: Task
+    network: ResEncUNet  # on the CPU, in evaluation mode, without deep supervision
+    checkpoint: Checkpoint
+    warnings: list[str]
+
+
+def is_finetuning(run: Path) -> bool:
+    """Whether the folder holds a fine-tuning run, not one of pre-training."""
+    return (run / PLAN).is_file()
+
+
+def read_plan(run: Path) -> Plan:
+    """The plan that a run keeps; `UserError` if it is missing or was changed to nonsense."""
+    try:
+        raw = json.loads((run / PLAN).read_text())
+    except OSError as error:
+        raise UserError(f"{run / PLAN}: {error.strerror}; put it back, or start anew") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{run / PLAN}: not valid JSON ({error}); put it back") from None
+    try:
+        return build_config(Plan, raw)
+    except UserError as error:
+        raise UserError(f"{run / PLAN}: {error}") from None
+
+
+def load_finetuned(run: Path, *, best: bool = False, averaged: bool = True) -> FinetunedRun:
+    """The newest whole checkpoint of a fine-tuning run, on the CPU.
+
+    Args:
+        best: The checkpoint of the highest validation Dice instead.
+        averaged: The averaged weights, if the run keeps them.
+
+    Raises:
+        UserError: No such run there, or no whole checkpoint in it.
+    """
+    path = config_file(run)
+    if not is_finetuning(run):
+        raise UserError(
+            f"{run}: a run of pre-training, which segments nothing yet; fine-tune it with "
+            f"`sparsemae finetune DATASET -o RUN --init {run}`"
+        )
+    config = load_config(FinetuneConfig, path)
+    checkpoint, warnings = load_checkpoint(run / CHECKPOINTS)
+    if best:
+        found = checkpoint.meta["trainer"]["best"]
+        if found is None:
+            raise UserError(f"{run}: no validation yet, so no best checkpoint; take the newest")
+        checkpoint, warnings = load_checkpoint(run / CHECKPOINTS, found[0])
+    # what the weights belong to is what their checkpoint says, whatever became of the other files
+    plan = build_config(Plan, checkpoint.meta["plan"])
+    task = Task.from_dict(checkpoint.meta["task"])
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(plan, len(task.classes), deep_supervision=True)
+    weights = checkpoint.ema() if averaged else None
+    load_model(network, checkpoint.model() if weights is None else weights, checkpoint.path)
+    network.decoder.deep_supervision = False
+    return FinetunedRun(config, plan, task, network.eval(), checkpoint, warnings)

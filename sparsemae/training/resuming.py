@@ -1,0 +1,65 @@
+"""Which configuration counts when a run is started or goes on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from sparsemae.config import load_config
+from sparsemae.errors import UserError
+from sparsemae.runfiles import CONFIG
+from sparsemae.training.folder import check_free, config_file
+from sparsemae.training.keeper import changed_keys
+from sparsemae.training.options import RESUMABLE
+
+
+class RunConfig(Protocol):
+    """The configuration of a run of any kind."""
+
+    def resolved(self) -> "RunConfig":
+        """With what follows from other keys written out."""
+
+    def defining(self) -> dict[str, Any]:
+        """What a resumed run must have in common with this one, as plain data."""
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def settle(
+    kind: type[C], run: Path, config: C | None, overrides: Sequence[str], *, resume: bool
+) -> C:
+    """The configuration that counts; the folder is looked at, not changed.
+
+    Args:
+        config: That of a new run; when resuming that of the run, or None.
+        overrides: `key=value` for what is read from the run folder.
+
+    Raises:
+        UserError: The folder is not free, or the configuration is not that of the run in it.
+    """
+    check_free(run, resume=resume)
+    if not (resume and (run / CONFIG).exists()):
+        if config is None:
+            config_file(run)
+        return config.resolved()
+    if config is None:
+        return load_config(kind, config_file(run), resumable(overrides))
+    before = load_config(kind, config_file(run))
+    if changed := changed_keys(before.defining(), config.defining()):
+        raise UserError(
+            f"--config: {', '.join(changed)} differ from those of the run in {run}, which keeps "
+            f"them: drop --config and --set to resume it, or start a new run in another folder"
+        )
+    return config.resolved()
+
+
+def resumable(overrides: Sequence[str]) -> Sequence[str]:
+    """`overrides` if they are of keys that a resumed run may change, else UserError."""
+    for item in overrides:
+        key = item.partition("=")[0].strip()
+        if key not in RESUMABLE:
+            raise UserError(
+                f"--set {item}: a resumed run keeps its {key}; it may change "
+                f"{', '.join(RESUMABLE)}. Start a new run for anything else"
+            )
+    return overrides
