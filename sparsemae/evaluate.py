@@ -36,6 +36,7 @@ def evaluate(
     *,
     labels: Path | None = None,
     tolerance: float | Mapping[str, float] = 1.0,
+    only_predicted: bool = False,
     workers: int = 1,
     console: Console | None = None,
 ) -> Summary:
@@ -48,6 +49,7 @@ def evaluate(
         labels: `dataset.json` or its folder: the classes, and the number to be ignored. Without it
             the classes are those of the references, and their names are their numbers.
         tolerance: Of NSD in mm; for all classes, or for each by its name.
+        only_predicted: Leave out references without a prediction, as of cases of other folds.
         workers: Processes; 1 is this one.
         console: For progress and the table of classes; None for silence.
 
@@ -59,7 +61,8 @@ def evaluate(
     check_output(output)
     classes = None if labels is None else _read_classes(labels)
     limits = _by_number(tolerance, classes)
-    jobs = [Job(pair, classes, limits) for pair in find_pairs(pred, ref)]
+    pairs = find_pairs(pred, ref, only_predicted=only_predicted)
+    jobs = [Job(pair, classes, limits) for pair in pairs]
     found = _run(jobs, workers, console)
     names = _names(found, limits) if classes is None else dict(enumerate(classes.names[1:], 1))
     summary = Summary(
@@ -188,5 +191,5 @@ def _limit(limits: float | dict[int, float], label: int) -> float:
 
 def _absent(label: int) -> Score:
     """Of a class that a case has in neither map."""
-    nothing = {"dice": math.nan, "nsd": math.nan, "hd95_mm": math.nan}
+    nothing = {"dice": math.nan, "nsd": math.nan, "hd95": math.nan}
     return Score(label=label, **nothing, prediction_ml=0.0, reference_ml=0.0)

@@ -47,8 +47,11 @@ class Scored:
     warnings: tuple[Notice, ...]
 
 
-def find_pairs(pred: Path, ref: Path) -> list[Pair]:
+def find_pairs(pred: Path, ref: Path, *, only_predicted: bool = False) -> list[Pair]:
     """The cases of two folders, matched and ordered by name, or of two files, whatever their names.
+
+    Args:
+        only_predicted: Leave out references without a prediction.
 
     Raises:
         UserError: A map has no partner, two maps have one name, or there are none.
@@ -64,11 +67,11 @@ def find_pairs(pred: Path, ref: Path) -> list[Pair]:
     if not ref.is_dir():
         return [Pair(_case(ref.name), pred, ref)]
     preds, refs = _maps(pred), _maps(ref)
-    if missing := refs.keys() - preds.keys():
+    if (missing := refs.keys() - preds.keys()) and not only_predicted:
         raise UserError(
             one_line(
-                f"{pred}: no prediction of {_listed(missing)}; predict what is missing, or give "
-                f"a folder of those references only that count"
+                f"{pred}: no prediction of {_listed(missing)}; predict what is missing, or leave "
+                f"it out by --only-predicted"
             )
         )
     if unknown := preds.keys() - refs.keys():
@@ -78,7 +81,7 @@ def find_pairs(pred: Path, ref: Path) -> list[Pair]:
                 f"predictions elsewhere"
             )
         )
-    return [Pair(_case(refs[name].name), preds[name], refs[name]) for name in sorted(refs)]
+    return [Pair(_case(refs[name].name), preds[name], refs[name]) for name in sorted(preds)]
 
 
 def score_pair(job: Job) -> Scored:

@@ -35,7 +35,7 @@ class Score(Measured):
     label: int
     dice: Measure  # 0 to 1
     nsd: Measure  # 0 to 1
-    hd95_mm: Measure
+    hd95: Measure  # mm
     prediction_ml: float
     reference_ml: float
 
@@ -99,7 +99,7 @@ def _score(
         label=label,
         dice=dice,
         nsd=nsd,
-        hd95_mm=hd95,
+        hd95=hd95,
         prediction_ml=in_pred * millilitres,
         reference_ml=in_ref * millilitres,
     )

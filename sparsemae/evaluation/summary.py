@@ -22,14 +22,14 @@ from sparsemae.errors import UserError
 from sparsemae.evaluation.metrics import Measure, Measured, Score
 from sparsemae.files import TEMPORARY, write_atomically
 
-METRICS = ("dice", "nsd", "hd95_mm")
+METRICS = ("dice", "nsd", "hd95")
 RECORD, TABLE = "metrics.json", "metrics.csv"
 _OURS = re.compile(rf"(metrics\.(json|csv))(\.[0-9a-f]+{re.escape(TEMPORARY)})?")
 _DEFINITIONS = {
     "dice": "twice the voxels in both / the voxels of each",
     "nsd": "share of both surfaces, in mm2, within tolerance_mm of the other; surface elements "
     "and distances as in DeepMind's surface-distance",
-    "hd95_mm": "larger of the two directed 95th percentiles of distances between the centres of "
+    "hd95": "mm; larger of the two directed 95th percentiles of distances between the centres of "
     "surface voxels",
     "absent": "in neither map: null, left out of statistics; in one of them: 0, 0, and the "
     "diagonal of the volume",
@@ -62,6 +62,7 @@ class Spread(Measured):
 class ClassStatistics(Measured):
     """One class over all cases; `scored` of them have it in the reference or the prediction."""
 
+    label: int
     name: str
     scored: int
     absent: int  # in neither; they are left out
@@ -69,7 +70,7 @@ class ClassStatistics(Measured):
     spurious: int  # in the prediction only
     dice: Spread
     nsd: Spread
-    hd95_mm: Spread
+    hd95: Spread
 
 
 class Means(Measured):
@@ -77,7 +78,7 @@ class Means(Measured):
 
     dice: Measure
     nsd: Measure
-    hd95_mm: Measure
+    hd95: Measure
 
 
 class Summary(Strict):
@@ -91,7 +92,7 @@ class Summary(Strict):
         """The mean over the classes of each case; NaN for a case that has none of them.
 
         Args:
-            metric: dice, nsd or hd95_mm.
+            metric: dice, nsd or hd95.
         """
         return {c.case: _mean(getattr(score, metric) for score in c.scores) for c in self.cases}
 
@@ -99,8 +100,7 @@ class Summary(Strict):
         """Over the cases, in the order of the classes."""
         columns = zip(*(case.scores for case in self.cases), strict=True)
         return tuple(
-            _statistics(known.name, column)
-            for known, column in zip(self.classes, columns, strict=True)
+            _statistics(known, column) for known, column in zip(self.classes, columns, strict=True)
         )
 
     def means(self) -> Means:
@@ -118,7 +118,7 @@ class _Record(Strict):
     per_class: tuple[ClassStatistics, ...]
     classes: tuple[ScoredClass, ...]
     ignore: int | None
-    cases: tuple[CaseScores, ...]
+    cases: dict[str, dict[str, Score]]  # by case and label
 
 
 def read_summary(path: Path) -> Summary:
@@ -135,8 +135,15 @@ def read_summary(path: Path) -> Summary:
             one_line(f"{file}: {error.strerror}; sparsemae evaluate -o writes it")
         ) from None
     except ValidationError:
-        raise UserError(one_line(f"{file}: no record of sparsemae evaluate; run that")) from None
-    return Summary(classes=record.classes, ignore=record.ignore, cases=record.cases)
+        record = None
+    labels = [str(known.label) for known in record.classes] if record else []
+    if record is None or not all(list(scores) == labels for scores in record.cases.values()):
+        raise UserError(one_line(f"{file}: no record of sparsemae evaluate; run that"))
+    cases = (
+        CaseScores(case=case, scores=tuple(scores.values()))
+        for case, scores in record.cases.items()
+    )
+    return Summary(classes=record.classes, ignore=record.ignore, cases=tuple(cases))
 
 
 def write_summary(summary: Summary, folder: Path) -> None:
@@ -146,7 +153,9 @@ def write_summary(summary: Summary, folder: Path) -> None:
         definitions=_DEFINITIONS,
         mean=summary.means(),
         per_class=summary.class_statistics(),
-        **dict(summary),
+        classes=summary.classes,
+        ignore=summary.ignore,
+        cases={c.case: {str(s.label): s for s in c.scores} for c in summary.cases},
     )
     folder.mkdir(parents=True, exist_ok=True)
     for name in os.listdir(folder):
@@ -190,10 +199,11 @@ def _table(summary: Summary) -> str:
     return text.getvalue()
 
 
-def _statistics(name: str, scores: tuple[Score, ...]) -> ClassStatistics:
+def _statistics(known: ScoredClass, scores: tuple[Score, ...]) -> ClassStatistics:
     present = [(score.prediction_ml > 0, score.reference_ml > 0) for score in scores]
     return ClassStatistics(
-        name=name,
+        label=known.label,
+        name=known.name,
         scored=sum(map(any, present)),
         absent=present.count((False, False)),
         missed=present.count((False, True)),

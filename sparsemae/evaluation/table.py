@@ -2,50 +2,46 @@
 
 import math
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from sparsemae.evaluation.summary import Means, Spread, Summary
+from sparsemae.evaluation.summary import Spread, Summary
 
 
 def class_table(summary: Summary) -> Table:
-    """Mean and standard deviation over the cases, how many they are, and what was missed.
+    """Mean and standard deviation over the cases that have a class, and in how many it was missed.
 
-    Columns that would hold nothing but 0 are left out.
+    It fits in 80 columns. A tolerance that all classes have in common is in the heading.
     """
-    limits = sorted({known.tolerance_mm for known in summary.classes})
-    statistics = summary.class_statistics()
-    counts = [
-        name
-        for name in ("missed", "spurious", "absent")
-        if any(getattr(s, name) for s in statistics)
-    ]
-    table = Table(caption=f"mean ± standard deviation over {len(summary.cases)} cases")
-    table.add_column("class", overflow="fold")
-    within = f"{limits[0]:g} mm" if len(limits) == 1 else "at mm"
-    for heading in ("Dice", f"NSD {within}", "HD95 mm", "cases", *counts):
-        table.add_column(heading, justify="right")
+    statistics, means = summary.class_statistics(), summary.means()
+    limits = {known.tolerance_mm for known in summary.classes}
+    alike = len(limits) == 1
+    counts = [n for n in ("missed", "spurious") if any(getattr(s, n) for s in statistics)]
+    caption = "mean ± standard deviation" + ("" if alike else "; NSD within the mm in brackets")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption=caption)
+    table.add_column("class", overflow="fold", min_width=8)
+    nsd = f"NSD, {min(limits):g} mm" if alike else "NSD"
+    for heading in ("Dice", nsd, "HD95, mm", "cases", *counts):
+        table.add_column(heading, justify="right", no_wrap=True)
     for known, found in zip(summary.classes, statistics, strict=True):
-        at = f" at {known.tolerance_mm:g}" if len(limits) > 1 else ""
         table.add_row(
-            Text(known.name),
+            Text(known.name if alike else f"{known.name} ({known.tolerance_mm:g})"),
             _spread(found.dice, 3),
-            _spread(found.nsd, 3) + at,
-            _spread(found.hd95_mm, 2),
-            *(str(getattr(found, name)) for name in ("scored", *counts)),
+            _spread(found.nsd, 3),
+            _spread(found.hd95, 1),
+            f"{found.scored}/{len(summary.cases)}",
+            *(str(getattr(found, name)) for name in counts),
         )
     table.add_section()
-    table.add_row("mean", *_means(summary.means()), "", *("" for _ in counts))
+    table.add_row("mean", _number(means.dice, 3), _number(means.nsd, 3), _number(means.hd95, 1))
     return table
 
 
 def _spread(spread: Spread, digits: int) -> str:
-    if math.isnan(spread.mean):
-        return "-"
-    around = "" if math.isnan(spread.std) else f" ± {spread.std:.{digits}f}"
-    return f"{spread.mean:.{digits}f}{around}"
+    around = "" if math.isnan(spread.std) else f" ± {_number(spread.std, digits)}"
+    return f"{_number(spread.mean, digits)}{around}"
 
 
-def _means(means: Means) -> list[str]:
-    pairs = ((means.dice, 3), (means.nsd, 3), (means.hd95_mm, 2))
-    return ["-" if math.isnan(value) else f"{value:.{digits}f}" for value, digits in pairs]
+def _number(value: float, digits: int) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"

@@ -25,7 +25,7 @@ def test_cubes_two_voxels_apart(cuboid, axis, distance):
     moved = start + 2 * np.eye(3, dtype=int)[axis]
     found = score(cuboid(moved, moved + 6), cuboid(start, start + 6))
     assert found.dice == pytest.approx(4 / 6)
-    assert found.hd95_mm == pytest.approx(distance, rel=1e-6)
+    assert found.hd95 == pytest.approx(distance, rel=1e-6)
     assert found.reference_ml == found.prediction_ml == pytest.approx(216 * 3.15 / 1000)
     just, less = (
         score(cuboid(moved, moved + 6), cuboid(start, start + 6), tolerance=t).nsd
@@ -41,10 +41,10 @@ def test_one_map_inside_another(cuboid):
     assert found.dice == turned.dice == pytest.approx(2 * 64 / (64 + 128))
     assert (found.prediction_ml, found.reference_ml) == (turned.reference_ml, turned.prediction_ml)
     assert found.reference_ml == pytest.approx(128 * 3.15 / 1000)
-    assert found.hd95_mm == turned.hd95_mm == pytest.approx(4 * 0.7)  # the longer way counts
+    assert found.hd95 == turned.hd95 == pytest.approx(4 * 0.7)  # the longer way counts
     assert found.nsd == pytest.approx(turned.nsd, rel=1e-12)
     same = score(ref, ref, tolerance=0.0)
-    assert (same.dice, same.nsd, same.hd95_mm) == (1, 1, 0)
+    assert (same.dice, same.nsd, same.hd95) == (1, 1, 0)
 
 
 def elements(mask, spacing):
@@ -99,7 +99,7 @@ def test_hausdorff_by_distance_transforms(blobs, seed):
         far = [ndimage.distance_transform_edt(~edge, sampling=SPACING) for edge in edges]
         directed = [np.percentile(far[1][edges[0]], 95), np.percentile(far[0][edges[1]], 95)]
         assert abs(directed[0] - directed[1]) > 1e-3
-        assert found.hd95_mm == pytest.approx(max(directed), rel=1e-5)
+        assert found.hd95 == pytest.approx(max(directed), rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -127,7 +127,7 @@ def test_monai_gives_the_same_on_whole_volumes(blobs, seed):
     )
     np.testing.assert_allclose([s.dice for s in found], dice[0], rtol=1e-6)
     np.testing.assert_allclose([s.nsd for s in found], nsd[0], rtol=1e-5)
-    np.testing.assert_allclose([s.hd95_mm for s in found], hd95[0], rtol=1e-5)
+    np.testing.assert_allclose([s.hd95 for s in found], hd95[0], rtol=1e-5)
     assert len(set(np.round([s.nsd for s in found], 3))) == 3
 
 
@@ -137,10 +137,10 @@ def test_a_class_that_is_missing(cuboid):
     missed, spurious, absent = score(empty, full), score(full, empty), score(empty, empty)
     for found in (missed, spurious):
         assert (found.dice, found.nsd) == (0, 0)
-        assert found.hd95_mm == pytest.approx(diagonal)
+        assert found.hd95 == pytest.approx(diagonal)
     assert (missed.prediction_ml, spurious.reference_ml) == (0, 0)
     assert missed.reference_ml == spurious.prediction_ml == pytest.approx(64 * 3.15 / 1000)
-    assert all(map(math.isnan, (absent.dice, absent.nsd, absent.hd95_mm)))
+    assert all(map(math.isnan, (absent.dice, absent.nsd, absent.hd95)))
     assert absent.prediction_ml == absent.reference_ml == 0
 
 
@@ -150,7 +150,7 @@ def test_ignored_voxels_count_on_neither_side(cuboid):
     assert score(pred, ref).dice < 0.8
     ref[:, :, 10:] = 3
     (found,) = score_case(pred, ref, SPACING, [1], 0.0, ignore=3)
-    assert (found.dice, found.nsd, found.hd95_mm) == (1, 1, 0)
+    assert (found.dice, found.nsd, found.hd95) == (1, 1, 0)
     assert found.prediction_ml == found.reference_ml == pytest.approx(216 * 3.15 / 1000)
     ref[ref == 1] = 3
     (found,) = score_case(pred, ref, SPACING, [1], 0.0, ignore=3)
