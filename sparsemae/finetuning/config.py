@@ -8,6 +8,8 @@ from sparsemae.config import Size, Strict
 from sparsemae.data.loading.affine import AugmentConfig, Probability
 from sparsemae.errors import UserError
 from sparsemae.planning.plan import Spacing
+from sparsemae.segmentation.library import has_library
+from sparsemae.segmentation.samples import LIBRARY, PLAIN
 from sparsemae.training.options import RESUMABLE, TrainConfig, check_train, without
 
 NONE = "none"  # in place of a file to start from: from scratch
@@ -65,10 +67,11 @@ class FinetuneConfig(Strict):
         return self.init != NONE
 
     def resolved(self) -> "FinetuneConfig":
-        """With schedule, warm-up and peak learning rate spelled out.
+        """With schedule, warm-up, peak learning rate and augmentation spelled out.
 
         Raises:
-            UserError: `train` says otherwise, or the schedule does not fit the start.
+            UserError: `train` says otherwise, the schedule does not fit the start, or the library
+                that is to augment is not installed.
         """
         schedule = self.schedule
         if schedule == "auto":
@@ -91,7 +94,8 @@ class FinetuneConfig(Strict):
         derived = {k: v for k, v in derived.items() if k == "schedule" or k not in given}
         train = self.train.model_copy(update=derived)
         check_train(train)
-        return self.model_copy(update={"schedule": schedule, "train": train})
+        data = self.data.model_copy(update={"augmentation": _augmentation(self.data.augmentation)})
+        return self.model_copy(update={"schedule": schedule, "data": data, "train": train})
 
     def defining(self) -> dict[str, Any]:
         """What a resumed run must have in common with this one, as plain data."""
@@ -99,3 +103,14 @@ class FinetuneConfig(Strict):
         del values["plan"]  # the plan itself counts
         del values["init"]  # it has been taken in; the file may have moved
         return without(values, RESUMABLE)
+
+
+def _augmentation(asked: str) -> str:
+    if asked == "auto":
+        return LIBRARY if has_library() else PLAIN
+    if asked == LIBRARY and not has_library():
+        raise UserError(
+            "data.augmentation batchgenerators: batchgeneratorsv2 is not installed; run "
+            "`pip install 'sparsemae[augmentation]'`, or set plain, which does the same"
+        )
+    return asked

@@ -45,22 +45,21 @@ class Segmentation:
     ):
         self.config, self.plan, self.classes = config, plan, classes
         self.network, self.ranks = network, ranks
-        data = config.data
-        varied = data.augmentation != "none"
-        self._reader = LabelledReader(
-            *(train, plan.patch_size, plan.batch_size),
-            seed=config.seed,
-            augment=data if varied else None,
-            intensities=varied,
-            foreground=data.foreground,
-        )
-        self._fixed = LabelledReader(
-            *(held_out, plan.patch_size, plan.batch_size),
-            seed=0,  # the same for runs of any seed, so that they compare
-            augment=None,
-            intensities=False,
-            foreground=data.foreground,
-        )
+        masked = [channel.masked for channel in plan.channels]
+
+        def reader(store: LabelledStore, seed: int, vary: str) -> LabelledReader:
+            return LabelledReader(
+                *(store, plan.patch_size, plan.batch_size),
+                seed=seed,
+                augment=config.data,
+                masked=masked,
+                vary=vary,
+                foreground=config.data.foreground,
+            )
+
+        self._reader = reader(train, config.seed, config.data.augmentation)
+        # the same for runs of any seed, so that they compare
+        self._fixed = reader(held_out, 0, "none")
         check_parts(plan.batch_size, ranks.world_size, config.train.accumulate)
 
     def batches(self, start_step: int) -> Iterable[Batch]:

@@ -4,6 +4,7 @@ Noise, blur, brightness, contrast, low resolution and gamma, in this order, with
 and ranges of nnunetv2 2.8.1's `get_training_transforms`. All that is random is drawn beforehand.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,15 +38,17 @@ class IntensityDraw:
     coarse: tuple[float | None, ...]  # fraction of the voxels along each axis that is kept
     inverted_gamma: tuple[float, ...] | None  # exponents, of the negative
     gamma: tuple[float, ...] | None
+    masked: tuple[bool, ...]  # channels whose voxels of exactly 0 show nothing, and stay so
 
 
-def draw_intensity(rng: np.random.Generator, channels: int) -> IntensityDraw:
-    """Draw the changes of a patch."""
+def draw_intensity(rng: np.random.Generator, masked: Sequence[bool]) -> IntensityDraw:
+    """Draw the changes of a patch with a channel for each of `masked`, see there."""
+    channels = len(masked)
     happens = rng.random(7) < (NOISE, BLUR, BRIGHTNESS, CONTRAST, COARSE, INVERTED_GAMMA, GAMMA)
     noise, blur, brightness, contrast, coarse, inverted, gamma = happens
     chosen = rng.random((2, channels)) < _HALF
     sigmas, scales = rng.uniform(0.5, 1.0, (channels, 3)), rng.uniform(0.5, 1.0, channels)
-    spread, seed = np.sqrt(rng.uniform(0, 0.1)), int(rng.integers(2**62))
+    spread, seed = rng.uniform(0, 0.1), int(rng.integers(2**62))
     bright, contrasts = (_around_one(rng, 0.75, 1.25, channels) for _ in range(2))
     gammas = [_around_one(rng, 0.7, 1.5, channels) for _ in range(2)]
     return IntensityDraw(
@@ -62,6 +65,7 @@ def draw_intensity(rng: np.random.Generator, channels: int) -> IntensityDraw:
         ),
         inverted_gamma=gammas[0] if inverted else None,
         gamma=gammas[1] if gamma else None,
+        masked=tuple(masked),
     )
 
 
@@ -73,6 +77,9 @@ def _around_one(rng, low: float, high: float, count: int) -> tuple[float, ...]:
 
 def change(patch: Float[Tensor, "C D H W"], drawn: IntensityDraw, slices: int | None) -> None:
     """Do the drawn changes, in place; `slices` is an axis whose voxels are not merged."""
+    outside = [
+        channel == 0 if on else None for channel, on in zip(patch, drawn.masked, strict=True)
+    ]
     if drawn.noise is not None:
         spread, seed = drawn.noise
         generator = torch.Generator(patch.device).manual_seed(seed)
@@ -91,6 +98,8 @@ def change(patch: Float[Tensor, "C D H W"], drawn: IntensityDraw, slices: int | 
             channel.copy_(-_gamma(-channel, drawn.inverted_gamma[i]))
         if drawn.gamma is not None:
             channel.copy_(_gamma(channel, drawn.gamma[i]))
+        if outside[i] is not None:
+            channel.masked_fill_(outside[i], 0)
 
 
 def _blurred(channel: Tensor, sigmas: tuple[float, float, float]) -> Tensor:

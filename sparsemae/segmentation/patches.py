@@ -12,7 +12,8 @@ from torch import Tensor
 from sparsemae.data.loading.augment import place_of, points_of, sampled
 from sparsemae.data.loading.samples import RawBatch
 from sparsemae.segmentation.intensity import change
-from sparsemae.segmentation.samples import LabelledSample, slice_axis
+from sparsemae.segmentation.library import slice_axis
+from sparsemae.segmentation.samples import LabelledSample
 
 
 def assemble(batch: RawBatch) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 Where a sample lies and how it is varied follows from the seed and its number in the run alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
@@ -15,10 +15,12 @@ from sparsemae.data.loading.order import case_of, generator_of
 from sparsemae.data.loading.samples import grid_tables
 from sparsemae.errors import LoaderError, UserError
 from sparsemae.segmentation.intensity import IntensityDraw, draw_intensity
-from sparsemae.segmentation.resampling import ANISOTROPIC
+from sparsemae.segmentation.library import LibraryAugmentation, slice_axis
 from sparsemae.segmentation.store import LabelledStore, StoredCase
 
 Triple = tuple[int, int, int]
+Vary = Literal["plain", "batchgenerators", "none"]
+PLAIN, LIBRARY = "plain", "batchgenerators"
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ class LabelledReader:
     Args:
         batch_size: Of all ranks together. In every batch the last samples, `foreground` of them
             rounded to at least one, are sure to show a class, drawn among those the case has.
-        augment: What is varied at random; None for nothing.
-        intensities: Whether intensities are varied, too.
+        masked: Of each channel whether its voxels of exactly 0 show nothing.
+        vary: "plain": geometry as `augment` says, and intensities on the device. "batchgenerators":
+            all of it by that library, here. "none": nothing.
     """
 
     def __init__(
@@ -56,12 +59,14 @@ class LabelledReader:
         batch_size: int,
         *,
         seed: int,
-        augment: AugmentConfig | None,
-        intensities: bool,
+        augment: AugmentConfig,
+        masked: Sequence[bool],
+        vary: Vary,
         foreground: float,
     ):
         self.store, self.patch_size, self.batch_size = store, patch_size, batch_size
-        self.seed, self.augment, self.intensities = seed, augment, intensities
+        self.seed, self.augment, self.masked, self.vary = seed, augment, tuple(masked), vary
+        self.library = LibraryAugmentation(patch_size, augment, masked) if vary == LIBRARY else None
         # as nnU-Net: of two patches the second, with a share of 0.33
         self.anywhere = round(batch_size * (1 - foreground))
         self.slices = slice_axis(patch_size)
@@ -102,8 +107,10 @@ class LabelledReader:
     def _read(self, case: StoredCase, sample: int) -> LabelledSample:
         rng = generator_of(sample, len(self.store), self.seed)
         begin = self.begin(case, sample, rng.random(5))
+        if self.library is not None:
+            return self._read_for_library(case, begin, int(rng.integers(2**32)))
         transform = Draw((False,) * 3, None)
-        if self.augment is not None:
+        if self.vary == PLAIN:
             transform = draw(rng, self.augment, case.spacing, slices=self.slices)
         matrix, grid = transform.matrix, None
         start, stop, _ = needed_box(begin, self.patch_size, matrix, case.shape)
@@ -118,14 +125,21 @@ class LabelledReader:
             corner=corner,
             flips=transform.flips,
             grid=grid,
-            intensity=draw_intensity(rng, len(case.images)) if self.intensities else None,
+            intensity=draw_intensity(rng, self.masked) if self.vary == PLAIN else None,
         )
 
-
-def slice_axis(patch_size: Triple) -> int | None:
-    """The axis with so few voxels beside the others that slices are not mixed; None if none has.
-
-    Source: nnunetv2 2.8.1, dummy 2D augmentation.
-    """
-    least = int(np.argmin(patch_size))
-    return least if max(patch_size) > ANISOTROPIC * patch_size[least] else None
+    def _read_for_library(
+        self, case: StoredCase, begin: Int[np.ndarray, "3"], seed: int
+    ) -> LabelledSample:
+        """A patch that is finished but for its way to the device."""
+        size = self.library.needed
+        begin = begin - np.subtract(size, self.patch_size) // 2
+        start, stop, _ = needed_box(begin, size, None, case.shape)
+        corner, end = np.subtract(start, begin), np.subtract(stop, begin)
+        place = (slice(None), *map(slice, corner, end))
+        image = np.zeros((len(case.images), *size), np.float32)
+        labels = np.full((1, *size), -1, np.int16)  # beyond the case
+        image[place] = self.store.read_image(case, start, stop)
+        labels[place] = self.store.read_labels(case, start, stop)
+        image, labels = self.library(image, labels, seed)
+        return LabelledSample(case.id, image, labels, (0, 0, 0), (False,) * 3, None)
