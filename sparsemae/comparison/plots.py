@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 INK, SOFT, LINE, BLUE = "#1c2733", "#5d6b7a", "#dfe4ea", "#2f6db3"  # as the page's
 COLOURS = (BLUE, "#b3372f", "#2c7a4b", "#9a6700", "#7a4fa3", "#1f8a8a", "#8a5a44", "#5d6b7a")
 MARKS = "osD^vP*X"
-_LETTERS = 24  # of a name in a picture
+_LETTERS = 22  # of a name in a picture
 _WIDTH, _SIDE, _ROW = 9.0, 2.9, 0.28  # inches: of all, for names on one side, of a line
 _OVER = 0.07  # inches that a bar goes beyond its first and last method
 _DPI = 130

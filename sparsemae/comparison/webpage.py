@@ -11,9 +11,9 @@ from sparsemae.comparison.summary import Block, order, percent, ranked, title
 from sparsemae.reporting.page import listing, page, settings, text, tile
 
 _STYLE = """
-td.n, th.n { white-space: nowrap; padding: 6px 0 6px 18px } tr.base td { color: var(--soft) }
+.wide { max-width: 1000px } td.n, th.n { white-space: nowrap; padding: 6px 0 6px 18px }
 img.plot { display: block; width: 100%; max-width: 900px; height: auto; margin: 14px 0 }
-td.best { font-weight: 600 } h3 { font-size: 15px; margin: 24px 0 6px }
+h3 { font-size: 15px; margin: 24px 0 6px }
 """
 _SHARE = f"{LEVEL:.0%}".replace("%", " %")
 
@@ -127,8 +127,8 @@ def _settings(suite: Suite) -> Iterator[tuple[str, object]]:
     yield from (("folds", list(suite.options.folds)), ("seeds", list(suite.options.seeds)))
     for kind, entries in (("data set", suite.datasets), ("method", suite.methods)):
         for entry in entries:
-            values = entry.model_dump(mode="json", exclude_none=True, exclude={"name"})
-            yield f"{kind} {entry.name}", values
+            values = entry.model_dump(mode="json", exclude={"name"})
+            yield f"{kind} {entry.name}", {k: v for k, v in values.items() if v not in (None, [])}
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,7 +1,12 @@
 """A suite file is understood, and all that is wrong with it is said in time."""
 
+import shutil
+import tomllib
+from pathlib import Path
+
 import pytest
 
+import sparsemae
 from sparsemae.comparison.suite import read_suite
 from sparsemae.errors import UserError
 
@@ -102,3 +107,30 @@ def change(file, before, after):
     text = file.read_text()
     assert before in text
     file.write_text(text.replace(before, after, 1))
+
+
+def test_the_suite_that_is_shipped_fits_the_keys(suite_file, tmp_path):
+    """With folders of its names it is read; without, it says which there are none of."""
+    shipped = Path(sparsemae.__file__).parent / "suites" / "s3d.toml"
+    file = tmp_path / "s3d.toml"
+    shutil.copy(shipped, file)
+    with pytest.raises(UserError, match=r"data set brain-mets: .*data set t2-aneurysms: .*init: "):
+        read_suite(file)
+    for entry in tomllib.loads(file.read_text())["datasets"]:
+        shutil.copytree(tmp_path / "data" / "Dataset001_Stroke", tmp_path / entry["path"])
+    (tmp_path / "runs" / "s3d-resenc-l").mkdir(parents=True)
+    roles = [d.role for d in read_suite(file).datasets]
+    assert roles == ["development"] * 2 + ["test"] * 2
+
+
+def test_the_suite_of_the_document_fits_the_keys(suite_file, tmp_path):
+    document = Path(__file__).parents[2] / "docs" / "compare.md"
+    text = document.read_text().split("```toml\n")[1].split("```")[0]
+    suite_file.write_text(text)
+    (tmp_path / "truth" / "tumour").mkdir(parents=True)
+    (tmp_path / "runs" / "mae").mkdir(parents=True)
+    for name in ("Dataset001_Stroke", "Dataset002_Tumour"):
+        (tmp_path / "data" / name).rename(tmp_path / name)
+    suite = read_suite(suite_file)
+    assert suite.labels(suite.datasets[1]) == tmp_path / "truth" / "tumour"
+    assert suite.datasets[1].folds == (0, 1)
