@@ -6,7 +6,7 @@ does not fit, or that the source lacks, keeps the network's own initialisation.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,11 +32,16 @@ class _Place:
     key: str  # of the tensor in its unit
 
 
-def transfer(pretrained: Pretrained, network: ResEncUNet, scope: Scope) -> TransferTable:
+def transfer(
+    pretrained: Pretrained, network: ResEncUNet, scope: Scope, *, heads: bool = False
+) -> TransferTable:
     """Copy into `network`, in place, all that fits or can be made to fit.
 
     Input channels, kernels and upsampling strides are adapted, see `transfer.kernels`; stages of
-    another width are not, and heads are always fresh: they belong to the task.
+    another width are not.
+
+    Args:
+        heads: Copy the output layers too: the network is for the task of the source.
     """
     stages = stages_in(pretrained.tensors)
     sources: dict[str, dict[str, str]] = {}
@@ -49,11 +54,12 @@ def transfer(pretrained: Pretrained, network: ResEncUNet, scope: Scope) -> Trans
         place = _place(name, len(network.topology.features))
         rows.setdefault(place.part, Row(place.part))
         units.setdefault(place.unit, []).append((place, parameter))
+    out_of_scope = {p for p in rows if scope == "encoder" and p.startswith(("decoder", _HEADS))}
     used: set[str] = set()
     for unit, members in units.items():
         row = rows[members[0][0].part]
         names = sources.get(unit, {})
-        if _left_out(row.part, scope):
+        if row.part in out_of_scope or (row.part == _HEADS and not heads):
             fitted, why = None, ""
         else:
             fitted, why = _fitted(members, names, pretrained.tensors)
@@ -71,11 +77,19 @@ def transfer(pretrained: Pretrained, network: ResEncUNet, scope: Scope) -> Trans
                 row.remark(how)
     ordered = sorted(rows.values(), key=lambda row: _order(row.part))
     unused = tuple(name for name in pretrained.tensors if name not in used)
-    return TransferTable(pretrained.origin, tuple(ordered), unused)
+    return TransferTable(pretrained.origin, tuple(ordered), unused, pretrained.notes)
 
 
-def _left_out(part: str, scope: Scope) -> bool:
-    return part == _HEADS or (scope == "encoder" and part.startswith("decoder"))
+def kept(pretrained: Pretrained, names: Collection[str]) -> TransferTable:
+    """The table of weights passed on as they are: `names` of the source's tensors."""
+    stages = stages_in(pretrained.tensors)
+    rows: dict[str, Row] = {}
+    for name in names:
+        part = _place(name, stages).part
+        rows.setdefault(part, Row(part)).count(COPIED, 1, pretrained.tensors[name].numel())
+    ordered = sorted(rows.values(), key=lambda row: _order(row.part))
+    unused = tuple(name for name in pretrained.tensors if name not in names)
+    return TransferTable(pretrained.origin, tuple(ordered), unused, pretrained.notes)
 
 
 def _fitted(

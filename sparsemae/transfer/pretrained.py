@@ -37,8 +37,8 @@ from sparsemae.weights import Weights, read_weights
 RUN, SAFETENSORS, NNUNET, NNSSL = "sparsemae run", "sparsemae safetensors", "nnU-Net", "nnssl"
 STATE_DICT = "state dict"
 PLAN = "plan.json"  # of a fine-tuning run
-METADATA = "sparsemae"  # the key of what we say about weights, in a torch file
-FORMAT = "sparsemae_format"  # the key that tells metadata of ours, in a safetensors file
+METADATA = "sparsemae"  # the key of what we say about weights; in safetensors it is JSON
+FORMAT = "format"  # the key of its version
 ZYX = (2, 1, 0)  # the network's axes where nothing is said: SimpleITK's
 Spacing = tuple[float, float, float]
 
@@ -185,11 +185,9 @@ def _facts(weights: Weights) -> _Facts:
     started = extra.get("init_args")
     started = started if isinstance(started, Mapping) else {}
     adaptation = extra.get("nnssl_adaptation_plan")
-    if FORMAT in extra:
-        return _our_facts(SAFETENSORS, {k: _json(v, place) for k, v in extra.items()}, place)
-    if isinstance(extra.get(METADATA), Mapping):
+    if METADATA in extra:
         kind = NNUNET if adaptation is None else NNSSL
-        return _our_facts(kind, extra[METADATA], place)
+        return _our_facts(SAFETENSORS if weights.kind == "safetensors" else kind, extra, place)
     if isinstance(adaptation, Mapping):
         return _nnssl_facts(adaptation, place)
     if isinstance(started.get("plans"), Mapping):
@@ -210,34 +208,37 @@ def _facts(weights: Weights) -> _Facts:
     return _Facts(STATE_DICT, guess=", as nnU-Net's are; the file does not say")
 
 
-def _our_facts(kind: str, values: Mapping[str, Any], place: str) -> _Facts:
-    if values.get(FORMAT) != 1:
-        raise UserError(
-            f"{place}: {FORMAT} {values.get(FORMAT)!r}, which this version of sparsemae does not "
-            f"read; update sparsemae"
-        )
+def _our_facts(kind: str, extra: Mapping[str, Any], place: str) -> _Facts:
     try:
-        axes = tuple(values["axes"])
-        topology = values["topology"]
-        topology = topology and Topology.parse(
-            *(
-                topology[key]
-                for key in ("features", "strides", "blocks", "kernels", "decoder_convs")
-            )
-        )
-        if sorted(axes) != [0, 1, 2]:
-            raise ValueError("axes")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{place}: its metadata is damaged ({error}); export it again") from None
-    recipe = values.get("recipe")
+        values = extra[METADATA]
+        values = json.loads(values) if isinstance(values, str) else values
+        if (version := values[FORMAT]) == 1:
+            return _described(kind, values)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        text = one_line(f"{place}: its metadata is damaged ({error}); export it again")
+        raise UserError(text) from None
+    raise UserError(
+        one_line(f"{place}: of format {version!r}, which this version of sparsemae does not read; ")
+        + "update sparsemae"
+    )
+
+
+def _described(kind: str, values: Mapping[str, Any]) -> _Facts:
+    """What `exporting.metadata.describe` said; an error of some kind if it cannot have."""
+    axes, topology, recipe = tuple(values["axes"]), values["topology"], values["recipe"]
+    if sorted(axes) != [0, 1, 2] or not isinstance(recipe, dict):
+        raise ValueError("axes or recipe")
+    if topology is not None:
+        names = ("features", "strides", "blocks", "kernels", "decoder_convs")
+        topology = Topology.parse(*(topology[name] for name in names))
     return _Facts(
         kind,
         axes,
         topology=topology,
-        spacing=_three(values.get("spacing"), OURS, float),
-        patch_size=_three(values.get("patch_size"), OURS, int),
-        normalization=values.get("normalization"),
-        recipe=recipe if isinstance(recipe, dict) else {},
+        spacing=_three(values["spacing"], OURS, float),
+        patch_size=_three(values["patch_size"], OURS, int),
+        normalization=values["normalization"],
+        recipe=recipe,
     )
 
 
@@ -282,13 +283,6 @@ def _three(values: Any, axes: Triple, kind: type) -> Any:
     if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(is_number, values)):
         return None
     return tuple(map(kind, to_our_axes(values, axes)))
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def _letters(axes: Triple) -> str:

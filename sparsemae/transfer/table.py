@@ -46,6 +46,7 @@ class TransferTable:
     origin: Path
     rows: tuple[Row, ...]
     unused: tuple[str, ...]  # tensors of the source that found no place
+    notes: tuple[str, ...] = ()  # what reading the source did with it
 
     def total(self, what: str) -> int:
         """Parameters copied, adapted or fresh."""
