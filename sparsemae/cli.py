@@ -206,6 +206,88 @@ def finetune(
 
 
 @app.command()
+def predict(
+    runs: Annotated[
+        Path, typer.Argument(metavar="RUN", help="From sparsemae finetune, or a folder of folds.")
+    ],
+    source: Annotated[
+        Path | None, typer.Argument(metavar="IN", help="Folder of images CASE_0000, or one file.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for label maps.")
+    ] = ...,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--also", metavar="RUN", help="Another fold to average with; may be repeated."
+        ),
+    ] = None,
+    validation: Annotated[
+        bool, typer.Option("--validation", help="Predict the cases that RUN held out.")
+    ] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="The checkpoint of the best validation, not the newest.")
+    ] = False,
+    step: Annotated[
+        float, typer.Option(min=0.1, max=1.0, help="Between windows, as a share of one.")
+    ] = 0.5,
+    no_mirror: Annotated[
+        bool,
+        typer.Option("--no-mirror", help="Do not average over mirrored windows: 8 times faster."),
+    ] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write OUT/CASE_probabilities.nii.gz too.")
+    ] = False,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Draw OUT/CASE.png too.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; as trained on a GPU, fp32 on a CPU.")
+    ] = None,
+    sums_on: Annotated[
+        str | None, typer.Option(help="cpu: sum logits up there, where a GPU is too small.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace predictions by other weights.")
+    ] = False,
+) -> None:
+    """Segment whole volumes: label maps on the grid and with the header of the images."""
+    from sparsemae.signals import PREEMPTED, stop_requested
+
+    with stop_requested() as stopped:  # before what takes its time to import
+        from rich.console import Console
+
+        from sparsemae.predict import predict as run_predict
+
+        if precision not in (None, "fp32", "bf16", "fp16"):
+            raise UserError(f"--precision {precision}: choose fp32, bf16 or fp16")
+        done = run_predict(
+            *([runs, *(also or [])], source, output),
+            validation=validation,
+            best=best,
+            step=step,
+            mirror=not no_mirror,
+            probabilities=probabilities,
+            overlay=overlay,
+            device=device,
+            precision=precision,
+            sums_on=sums_on,
+            overwrite=overwrite,
+            console=Console(),
+            stopped=stopped,
+        )
+    for warning in done.warnings:
+        _say(f"warning: {warning}")
+    kept = f", {len(done.kept)} were there" if done.kept else ""
+    _say(f"{len(done.written)} label maps written to {output}{kept}")
+    if done.stopped:
+        _say("stopped as asked; the same command goes on")
+        raise typer.Exit(PREEMPTED)
+    if done.failures:
+        _say(f"{len(done.failures)} cases left out: {', '.join(list(done.failures)[:5])}")
+        raise typer.Exit(3)
+
+
+@app.command()
 def reconstruct(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="From sparsemae pretrain.")],
     volume: Annotated[Path, typer.Argument(metavar="VOLUME", help="A NIfTI file.")],
