@@ -288,6 +288,42 @@ def predict(
 
 
 @app.command()
+def evaluate(
+    pred: Annotated[Path, typer.Argument(metavar="PRED", help="Label maps: a folder, or a file.")],
+    ref: Annotated[Path, typer.Argument(metavar="REF", help="References of the same names.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for metrics.json, .csv.")
+    ],
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="dataset.json", help="Names of the classes, and what to ignore."),
+    ] = None,
+    tolerance: Annotated[
+        str, typer.Option(help="Of surface Dice in mm: 1, or for every class liver=2,spleen=1.")
+    ] = "1",
+    only_predicted: Annotated[
+        bool, typer.Option("--only-predicted", help="Leave out references without a prediction.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+) -> None:
+    """Score label maps against references: Dice, surface Dice and Hausdorff distance per class."""
+    from rich.console import Console
+
+    from sparsemae.evaluate import evaluate as score
+    from sparsemae.evaluate import parse_tolerance
+
+    score(
+        *(pred, ref, output),
+        labels=labels,
+        tolerance=parse_tolerance(tolerance),
+        only_predicted=only_predicted,
+        workers=workers,
+        console=Console(),
+    )
+    _say(f"metrics: {output / 'metrics.json'}")
+
+
+@app.command()
 def reconstruct(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="From sparsemae pretrain.")],
     volume: Annotated[Path, typer.Argument(metavar="VOLUME", help="A NIfTI file.")],

@@ -1,6 +1,9 @@
+import json
 import os
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 
@@ -62,3 +65,47 @@ def store(tmp_path_factory):
     write_heads(folder / "volumes", 3, size=24)
     keep = PreprocessConfig(spacing=None)
     return preprocess([folder / "volumes"], folder / "store", keep).store.path
+
+
+@pytest.fixture(scope="session")
+def draw_labelled():
+    """`draw_labelled(folder, cases=4, ...)`: a data set in nnU-Net's layout, of bright ellipsoids
+    (class 1) with a dark core off their centre (class 2), no axis like another."""
+
+    def draw(
+        folder, cases=4, *, channels=1, size=(20, 24, 22), spacing=(1.0, 1.0, 1.0), labels=None
+    ):
+        rng = np.random.default_rng(len(folder.name))
+        for part in ("imagesTr", "labelsTr"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        affine = np.diag([*spacing, 1.0])
+        for case in range(cases):
+            grid = np.indices(size).transpose(1, 2, 3, 0)
+            centre = np.array(size) / 2 + rng.uniform(-2, 2, 3)
+            radii = np.array(size) * (0.35, 0.3, 0.4)
+            classes = ((((grid - centre) / radii) ** 2).sum(-1) < 1).astype(np.uint8)
+            core = centre + radii * (0.35, 0.1, -0.3)
+            classes[(((grid - core) / (radii * 0.4)) ** 2).sum(-1) < 1] = 2
+            for channel in range(channels):
+                levels = np.array([0.0, 100 + 20 * channel, 40 - 10 * channel])
+                image = levels[classes] + rng.normal(5, 2, size) * (grid[..., 0] > 2)
+                path = folder / "imagesTr" / f"case_{case}_{channel:04}.nii.gz"
+                nibabel.save(nibabel.Nifti1Image(image.astype(np.float32), affine), path)
+            path = folder / "labelsTr" / f"case_{case}.nii.gz"
+            nibabel.save(nibabel.Nifti1Image(classes, affine), path)
+        about = {
+            "channel_names": {str(i): f"MR{i}" for i in range(channels)},
+            "labels": labels or {"background": 0, "shell": 1, "core": 2},
+            "numTraining": cases,
+            "file_ending": ".nii.gz",
+        }
+        (folder / "dataset.json").write_text(json.dumps(about))
+        return folder
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory, draw_labelled):
+    """Such a data set of four cases with one channel; not to be changed."""
+    return draw_labelled(tmp_path_factory.mktemp("labelled") / "Dataset009_Eggs")

@@ -1,0 +1,162 @@
+"""Preparing a data set once: what is kept, what is made again, and what is refused."""
+
+import json
+import os
+import threading
+import time
+
+import nibabel
+import numpy as np
+import pytest
+
+from sparsemae.data.storing.frame import read_array
+from sparsemae.errors import UserError
+from sparsemae.files import locked
+from sparsemae.segmentation.dataset import read_dataset
+from sparsemae.segmentation.making import LOCK, prepare_store
+from sparsemae.segmentation.prepare import prepare_case
+from sparsemae.segmentation.reading import read_case
+from sparsemae.segmentation.store import LabelledStore
+
+
+@pytest.fixture
+def dataset(tmp_path, draw_labelled):
+    return read_dataset(draw_labelled(tmp_path / "Dataset001_Few", 3, channels=2))
+
+
+def times(store):
+    files = [file.file for case in store.cases for file in case.files]
+    return {name: os.stat(store.path / name).st_mtime_ns for name in files}
+
+
+def test_a_store_holds_what_preparing_gives(dataset, tmp_path, make_plan):
+    plan = make_plan(2, spacing=[1.0, 1.5, 2.0])
+    store = prepare_store(dataset, plan, tmp_path / "stores")
+    assert [case.id for case in store.cases] == ["case_0", "case_1", "case_2"]
+    for source, case in zip(dataset.training, store.cases, strict=True):
+        ready = prepare_case(*read_case(source, dataset.classes), plan)
+        whole = ((0, 0, 0), case.shape)
+        assert case.shape == ready.labels.shape
+        np.testing.assert_array_equal(store.read_labels(case, *whole), ready.labels)
+        np.testing.assert_allclose(store.read_image(case, *whole), ready.array, atol=2e-3)
+        np.testing.assert_allclose(case.affine, ready.affine)
+        part = store.read_image(case, (1, 2, 3), (5, 6, 8))
+        np.testing.assert_array_equal(part, store.read_image(case, *whole)[:, 1:5, 2:6, 3:8])
+        for number, count in enumerate(case.counts, start=1):
+            assert count == (ready.labels == number).sum()
+            for which in (0, count // 2, count - 1):
+                assert ready.labels[tuple(store.location(case, number, which))] == number
+
+
+def test_workers_make_the_same_bytes(dataset, tmp_path, make_plan):
+    one = prepare_store(dataset, make_plan(2), tmp_path / "one")
+    two = prepare_store(dataset, make_plan(2), tmp_path / "two", workers=2)
+    assert one.fingerprint == two.fingerprint
+    for case in one.cases:
+        for file in case.files:
+            assert (one.path / file.file).read_bytes() == (two.path / file.file).read_bytes()
+
+
+def test_run_again_nothing_is_made_but_what_changed(dataset, tmp_path, make_plan):
+    folder = tmp_path / "stores"
+    before = times(prepare_store(dataset, make_plan(2), folder))
+    assert times(prepare_store(dataset, make_plan(2), folder)) == before
+    image = dataset.training[1].images[0]
+    old = nibabel.load(image)
+    nibabel.save(nibabel.Nifti1Image(old.get_fdata(dtype=np.float32) * 2 + 1, old.affine), image)
+    store = prepare_store(dataset, make_plan(2), folder)
+    (store.path / store.cases[2].labels.file).unlink()
+    after = times(prepare_store(dataset, make_plan(2), folder))
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {f.file for case in store.cases[1:] for f in case.files}
+
+
+def test_plans_share_a_store_where_the_voxels_are_equal(dataset, tmp_path, make_plan):
+    folder = tmp_path / "stores"
+    first = prepare_store(dataset, make_plan(2), folder)
+    other = make_plan(2, features_per_stage=[8, 8], patch_size=[8, 8, 8], batch_size=3)
+    assert prepare_store(dataset, other, folder).path == first.path
+    assert prepare_store(dataset, make_plan(2, spacing=[2, 1, 1.0]), folder).path != first.path
+
+
+def test_all_unfit_cases_are_named_and_the_others_kept(dataset, tmp_path, make_plan):
+    label = dataset.training[0].label
+    image = nibabel.load(label)
+    nibabel.save(nibabel.Nifti1Image(image.get_fdata() * 0.5, image.affine), label)
+    (dataset.training[2].images[1]).write_bytes(b"no image")
+    with pytest.raises(UserError) as caught:
+        prepare_store(dataset, make_plan(2), tmp_path / "stores")
+    message = str(caught.value)
+    assert "2 cases cannot be used" in message
+    assert "case_0: " in message
+    assert "case_2: " in message
+    assert "a label of 0.5" in message
+    (store,) = (tmp_path / "stores").iterdir()
+    assert [case.id for case in LabelledStore.open(store).cases] == ["case_1"]
+
+
+def test_a_damaged_chunk_is_found_and_named(dataset, tmp_path, make_plan):
+    store = prepare_store(dataset, make_plan(2), tmp_path / "stores")
+    file = store.cases[0].images[0]
+    path = store.path / file.file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(UserError, match=r"damaged: .*sparsemae finetune") as caught:
+        store.read_image(store.cases[0], (0, 0, 0), store.cases[0].shape)
+    assert str(path) in str(caught.value)
+    assert read_array(store.path, store.cases[1].images[0], (0, 0, 0), (2, 2, 2)).size == 8
+
+
+def test_a_damaged_index_is_made_anew(dataset, tmp_path, make_plan):
+    store = prepare_store(dataset, make_plan(2), tmp_path / "stores")
+    index = store.path / "index.json"
+    raw = json.loads(index.read_text())
+    raw["cases"][0]["shape"][0] += 1
+    index.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="damaged index"):
+        LabelledStore.open(store.path)
+    again = prepare_store(dataset, make_plan(2), tmp_path / "stores")
+    assert again.fingerprint == store.fingerprint
+
+
+def test_a_second_process_waits_for_the_first(dataset, tmp_path, make_plan, monkeypatch):
+    monkeypatch.setattr("sparsemae.segmentation.making._WAIT", 0.05)
+    folder = prepare_store(dataset, make_plan(2), tmp_path / "stores").path
+    done = threading.Event()
+
+    def prepare():
+        prepare_store(dataset, make_plan(2), tmp_path / "stores")
+        done.set()
+
+    with locked(folder / LOCK, busy="in use"):
+        thread = threading.Thread(target=prepare)
+        thread.start()
+        time.sleep(0.5)
+        assert not done.is_set()
+    thread.join(10)
+    assert done.is_set()
+
+
+def test_stopped_it_keeps_what_is_whole(dataset, tmp_path, make_plan):
+    asked = []
+
+    def stopped():
+        asked.append(1)
+        return len(asked) > 1
+
+    assert prepare_store(dataset, make_plan(2), tmp_path / "stores", stopped=stopped) is None
+    (store,) = (tmp_path / "stores").iterdir()
+    kept = LabelledStore.open(store)
+    assert len(kept) == 1
+    before = times(kept)
+    whole = prepare_store(dataset, make_plan(2), tmp_path / "stores")
+    assert len(whole) == 3
+    assert before.items() <= times(whole).items()
+
+
+def test_only_gives_cases_that_are_there(prepared):
+    assert [case.id for case in prepared.only(["case_2", "case_0"]).cases] == ["case_0", "case_2"]
+    assert prepared.only(["case_0"]).fingerprint != prepared.only(["case_1"]).fingerprint
+    with pytest.raises(UserError, match="case case_9 is not in it"):
+        prepared.only(["case_9"])
