@@ -1,0 +1,1 @@
+"""The commands, as functions; `sparsemae.cli` puts them together."""
