@@ -44,8 +44,8 @@ def _overrides(items: tuple[str, ...]) -> tuple[str, ...]:
         key, equals, _ = item.partition("=")
         if not equals or not key.strip():
             raise ValueError("write key=value, as for --set")
-        if key.strip() == "seed":
-            raise ValueError("seeds are those of [suite]")
+        if key.strip() in ("seed", "fold", "init"):
+            raise ValueError(f"{key.strip()} has a key of its own in the suite")
     return items
 
 

@@ -36,6 +36,8 @@ def test_every_method_stands_at_its_rank(count):
         assert y == pytest.approx(end[1])
         assert abs(x - end[0]) < 0.1
     assert len(elbows) == count
+    for rank in range(1, count + 1):
+        assert texts[str(rank)][0] == pytest.approx(place(rank))
 
 
 def test_the_best_is_named_left_and_on_top():

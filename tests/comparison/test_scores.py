@@ -25,6 +25,25 @@ def test_a_case_is_the_mean_of_its_classes(tmp_path):
     assert read_dice(file) == {"a": 0.75, "b": 0.25, "c": 1.0, "d": 0.0}
 
 
+def test_what_evaluate_writes_is_read(tmp_path):
+    from sparsemae.evaluation.metrics import Score
+    from sparsemae.evaluation.summary import CaseScores, ScoredClass, Summary, write_summary
+
+    def score(label, value):
+        volumes = {"prediction_ml": 1.0, "reference_ml": 1.0}
+        return Score(label=label, dice=value, nsd=value, hd95=value, **volumes)
+
+    nan = float("nan")
+    cases = (("a", 0.5, 1.0), ("b", 0.25, nan), ("c", nan, nan))
+    summary = Summary(
+        classes=tuple(ScoredClass(label=i, name=f"c{i}", tolerance_mm=1.0) for i in (1, 2)),
+        ignore=None,
+        cases=tuple(CaseScores(case=c, scores=(score(1, x), score(2, y))) for c, x, y in cases),
+    )
+    write_summary(summary, tmp_path)
+    assert read_dice(tmp_path / "metrics.json") == {"a": 0.75, "b": 0.25, "c": 1.0}
+
+
 DAMAGED = ("{}", '{"a": {"x": {}}}', '{"a": 1}')
 DAMAGED += tuple(f'{{"a": {{"x": {{"dice": {dice}}}}}}}' for dice in ("NaN", "1.5", '"0.5"'))
 
