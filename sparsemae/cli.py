@@ -16,8 +16,8 @@ from sparsemae.commands.upkeep import demo, doctor, report, status
 from sparsemae.errors import DivergedError, LoaderError, OutOfMemoryError, RankError, UserError
 
 app = typer.Typer(
-    help="Pre-train 3D CNNs on medical volumes by masked autoencoding that skips masked voxels, and "
-    "fine-tune them for segmentation.",
+    help="Pre-train 3D CNNs on medical volumes by masked autoencoding that skips masked voxels, "
+    "and fine-tune them for segmentation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -8,8 +8,9 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
@@ -22,6 +23,8 @@ class Strict(BaseModel):
     """A section: no unknown keys, no silent conversions, no changes after it is built."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    recipes: ClassVar[str] = ""  # where in recipes/ those of this kind lie
 
 
 def _three(value: Any) -> Any:
@@ -55,7 +58,7 @@ def load_config(kind: type[C], source: str | Path, overrides: Sequence[str] = ()
     Raises:
         UserError: No such recipe or file, bad TOML, or a key, type or range that does not fit.
     """
-    raw = _read(source)
+    raw = _read(source, kind.recipes)
     apply_overrides(raw, overrides)
     return build_config(kind, raw)
 
@@ -89,21 +92,26 @@ def dump_config(config: Strict, path: Path) -> None:
     write_atomically(path, text.encode())
 
 
-def recipes() -> list[str]:
-    """Names of the recipes that ship with the package."""
+def recipes(kind: str = "") -> list[str]:
+    """Names of the recipes of a kind that ship with the package; of pre-training if not said."""
+    names = (path.name for path in _recipes(kind).iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
+
+
+def _recipes(kind: str) -> Traversable:
     folder = files("sparsemae") / "recipes"
-    return sorted(p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith("toml"))
+    return folder / kind if kind else folder
 
 
-def _read(source: str | Path) -> dict[str, Any]:
-    if str(source) in recipes():
-        data = (files("sparsemae") / "recipes" / f"{source}.toml").read_bytes()
+def _read(source: str | Path, kind: str) -> dict[str, Any]:
+    if str(source) in recipes(kind):
+        data = (_recipes(kind) / f"{source}.toml").read_bytes()
     elif Path(source).is_file():
         data = Path(source).read_bytes()
     else:
         raise UserError(
             f"--config {source}: no such file, and no recipe of that name "
-            f"(recipes: {', '.join(recipes())})"
+            f"(recipes: {', '.join(recipes(kind))})"
         )
     try:
         return tomllib.loads(data.decode())

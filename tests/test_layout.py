@@ -115,7 +115,7 @@ def test_wheel(tmp_path):
     version = wheel.name.split("-")[1]
     assert {n.split("/")[0] for n in names} == {"sparsemae", f"sparsemae-{version}.dist-info"}
     assert {"sparsemae/py.typed", "sparsemae/kernels/tiles.toml"} <= set(names)
-    recipes = {f"sparsemae/recipes/{p.name}" for p in (ROOT / "sparsemae/recipes").glob("*.toml")}
+    recipes = {str(p.relative_to(ROOT)) for p in (ROOT / "sparsemae/recipes").rglob("*.toml")}
     assert recipes <= set(names)
     modules = {"/".join(p.relative_to(ROOT).parts) for p in files(*INSTALLED)}
     modules = {m if m.startswith("sparsemae/") else f"sparsemae/{m}" for m in modules}

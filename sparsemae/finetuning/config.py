@@ -1,6 +1,6 @@
 """The configuration of a fine-tuning run."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -45,6 +45,8 @@ class LabelledDataConfig(AugmentConfig):
 
 class FinetuneConfig(Strict):
     """Everything that defines a fine-tuning run but the data set."""
+
+    recipes: ClassVar[str] = "finetuning"
 
     seed: NonNegativeInt = 0
     init: str = NONE  # the weights to start from
