@@ -1,6 +1,6 @@
 """The `sparsemae` command. It only parses and reports; the work is in the modules it calls.
 
-Exit codes: 0 done, 2 usage, configuration or data set, 3 some volumes rejected, 85 stopped by a
+Exit codes: 0 done, 2 usage, configuration or data set, 3 some cases or jobs failed, 85 stopped by a
 signal as asked, 130 by Ctrl-C, 1 bug or machine.
 """
 
@@ -11,7 +11,7 @@ import typer
 
 from sparsemae.commands.common import first
 from sparsemae.commands.pretraining import preprocess, pretrain, reconstruct
-from sparsemae.commands.segmentation import evaluate, finetune, predict
+from sparsemae.commands.segmentation import compare, evaluate, finetune, predict
 from sparsemae.commands.upkeep import demo, doctor, report, status
 from sparsemae.errors import DivergedError, LoaderError, OutOfMemoryError, RankError, UserError
 
@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 for command in (
     *(doctor, demo, preprocess, pretrain, reconstruct),
-    *(finetune, predict, evaluate, status, report),
+    *(finetune, predict, evaluate, compare, status, report),
 ):
     app.command()(command)
 

@@ -116,6 +116,7 @@ def test_wheel(tmp_path):
     assert {n.split("/")[0] for n in names} == {"sparsemae", f"sparsemae-{version}.dist-info"}
     assert {"sparsemae/py.typed", "sparsemae/kernels/tiles.toml"} <= set(names)
     recipes = {str(p.relative_to(ROOT)) for p in (ROOT / "sparsemae/recipes").rglob("*.toml")}
+    recipes |= {str(p.relative_to(ROOT)) for p in (ROOT / "sparsemae/suites").glob("*.toml")}
     assert recipes <= set(names)
     modules = {"/".join(p.relative_to(ROOT).parts) for p in files(*INSTALLED)}
     modules = {m if m.startswith("sparsemae/") else f"sparsemae/{m}" for m in modules}

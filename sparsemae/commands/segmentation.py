@@ -1,4 +1,4 @@
-"""finetune, predict and evaluate."""
+"""finetune, predict, evaluate and compare."""
 
 from pathlib import Path
 from typing import Annotated
@@ -185,3 +185,30 @@ def evaluate(
         console=Console(),
     )
     say(f"metrics: {output / 'metrics.json'}")
+
+
+def compare(
+    suite: Annotated[Path, typer.Argument(metavar="SUITE.toml", help="Methods and data sets.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for all of it.")
+    ],
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="I/N|JOB", help="Do part I of N, from 0, or one job by its name."),
+    ] = None,
+    listing: Annotated[
+        Path | None,
+        typer.Option("--list", metavar="FILE", help="Write a command per job left; run none."),
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing; report on what is finished.")
+    ] = False,
+) -> None:
+    """Fine-tune and evaluate methods on data sets, and compare them; run again, it goes on."""
+    from sparsemae.signals import stop_code
+
+    with stop_code() as stop:  # before what takes its time to import
+        from sparsemae.compare import compare as run
+
+        code = run(suite, output, only=only, listing=listing, report_only=report_only, stop=stop)
+    raise typer.Exit(code)

@@ -12,6 +12,7 @@ from sparsemae.comparison.suite import NONE, DatasetEntry, MethodEntry, Suite
 from sparsemae.config import recipes
 from sparsemae.data.finding.nnunet import DESCRIPTION
 from sparsemae.errors import UserError
+from sparsemae.finetuning.config import FinetuneConfig
 from sparsemae.segmentation.dataset import TEST
 
 RUNS, STORES, JOBS = "runs", "stores", "jobs"  # folders of OUT
@@ -54,7 +55,11 @@ class Job:
         """All that decides the result; paths as the suite writes them, so that trees may move."""
         name, config = self.method.config, None
         if name is not None:
-            config = name if name in recipes() else self.suite.resolve(name).read_text("utf-8")
+            config = (
+                name
+                if name in recipes(FinetuneConfig.recipes)
+                else self.suite.resolve(name).read_text("utf-8")
+            )
         return {
             "dataset": self.dataset.path,
             "evaluate_on": self.dataset.evaluate_on,

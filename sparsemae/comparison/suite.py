@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt
 from sparsemae.config import Strict, build_config, recipes
 from sparsemae.data.codes import one_line
 from sparsemae.errors import UserError
+from sparsemae.finetuning.config import FinetuneConfig
 from sparsemae.segmentation.dataset import LABELS, TEST, read_dataset
 
 NONE = "none"  # of `init`: from scratch
@@ -109,7 +110,7 @@ class Suite:
 
     def config(self, method: MethodEntry) -> str | None:
         """What to give to `--config`: the name of a recipe, or an absolute path."""
-        if method.config is None or method.config in recipes():
+        if method.config is None or method.config in recipes(FinetuneConfig.recipes):
             return method.config
         return str(self.resolve(method.config))
 
@@ -185,8 +186,12 @@ def _missing(suite: Suite) -> list[str]:
         if method.init != NONE and not init.exists():
             out.append(one_line(f"method {method.name}: init: {init} is missing"))
         config = suite.config(method)
-        if config is not None and config not in recipes() and not Path(config).is_file():
-            names = ", ".join(recipes())
+        if (
+            config is not None
+            and config not in recipes(FinetuneConfig.recipes)
+            and not Path(config).is_file()
+        ):
+            names = ", ".join(recipes(FinetuneConfig.recipes))
             out.append(
                 one_line(f"method {method.name}: config: no file {config}, nor a recipe ({names})")
             )

@@ -27,9 +27,9 @@ def test_paths_are_those_beside_the_file(suite_file, tmp_path, monkeypatch):
 
 
 def test_a_recipe_is_a_name(suite_file):
-    change(suite_file, 'config = "fast.toml"', 'config = "tiny"')
+    change(suite_file, 'config = "fast.toml"', 'config = "scratch"')
     suite = read_suite(suite_file)
-    assert suite.config(suite.methods[1]) == "tiny"
+    assert suite.config(suite.methods[1]) == "scratch"
 
 
 def test_all_that_is_missing_is_said_at_once(suite_file, tmp_path):
