@@ -158,8 +158,8 @@ def _network(pooling: Pooling) -> Topology:
     stages = len(pooling.strides)
     if stages < 2:
         raise UserError(
-            f"patch_size: one of {' x '.join(map(str, pooling.patch_size))} voxels is too small to "
-            f"be halved; set a finer spacing, a larger patch or more memory_gb"
+            "patch_size: too few voxels along the finest axis to halve it, as a U-Net must; set "
+            "another spacing, a larger patch_size or more memory_gb"
         )
     return Topology.parse(
         [min(_FEATURES * 2**stage, _MOST_FEATURES) for stage in range(stages)],

@@ -152,10 +152,10 @@ def test_less_memory_gives_a_smaller_patch():
     [
         ({"preset": "S"}, r"preset 'S': choose from M, L, XL"),
         ({"memory_gb": 0}, r"memory_gb 0: give a positive number"),
-        ({"memory_gb": 1e-5}, r"memory_gb"),
+        ({"memory_gb": 1e-5}, r"larger patch_size or more memory_gb"),
         ({"spacing": (1, 1, 0)}, r"spacing \[1, 1, 0\]: give three positive numbers of mm"),
         ({"spacing": (1, 1)}, r"spacing \[1, 1\]: give three"),
-        ({"spacing": (30, 30, 30)}, r"4 x 5 x 4 voxels is too small"),
+        ({"spacing": (30, 30, 30)}, r"patch_size: too few voxels along the finest axis"),
         ({"patch_size": (0, 32, 32)}, r"patch_size \[0, 32, 32\]: give three positive numbers"),
         ({"patch_size": (100, 160, 96)}, r"multiples of \(16, 16, 16\).* is \(96, 160, 96\)$"),
         ({"patch_size": (40, 70, 96)}, r"multiples of \(8, 16, 16\).* is \(40, 64, 96\)$"),
@@ -205,3 +205,14 @@ def test_pooling_by_hand():
     alone = pool((1.0, 3.0, 3.0), (20, 6, 6))  # one axis alone is halved from 12 voxels on
     assert alone.strides == ((1, 1, 1), (2, 1, 1))
     assert pool((1.0, 3.0, 3.0), (24, 6, 6)).strides == ((1, 1, 1), (2, 1, 1), (2, 1, 1))
+
+
+def test_pooling_at_its_edges():
+    # 9 voxels become 5, so 17 are halved twice; spacings of a ratio of 2 are not alike
+    assert pool((1, 1, 1), (17, 17, 17)).divisor == (4, 4, 4)
+    assert pool((2, 1, 1), (16, 16, 16)).strides[1] == (1, 2, 2)
+    assert pool((1.99, 1, 1), (16, 16, 16)).strides[1] == (2, 2, 2)
+    # x is the finest, but short: the others are halved without it, and their kernels stay flat
+    short = pool((1.0, 3.0, 3.0), (7, 16, 16))
+    assert short.strides == ((1, 1, 1), (1, 2, 2), (1, 2, 2))
+    assert short.kernels == ((3, 1, 1), (3, 1, 1), (3, 3, 3))
