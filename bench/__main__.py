@@ -1,4 +1,4 @@
-"""Measure: `python -m sparsemae.bench step|kernels|data|static|tune --help`."""
+"""Measure: `python -m sparsemae.bench step|kernels|data|quality|static|tune --help`."""
 
 import sys
 from dataclasses import asdict
@@ -218,6 +218,40 @@ def data(
             append_json(json, rows[-1:])
     for title, header, lines, left in tables(rows):
         console.print(rich_table(f"{title}, {origin['device']}", header, lines, left))
+
+
+@app.command()
+def quality(
+    labelled: Annotated[Path, typer.Argument(help="In nnU-Net's raw layout, with test cases.")],
+    unlabelled: Annotated[Path, typer.Argument(help="Folder of volumes to pre-train on.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder; run again, it goes on.")],
+    cases: Annotated[int, typer.Option(min=1, help="Labelled cases to train on.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each start.")] = 3,
+    recipe: Annotated[str, typer.Option(help="Of pre-training.")] = "tiny",
+    pretrain_steps: Annotated[int, typer.Option(min=1, help="Of pre-training.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning, for both starts.")] = 300,
+    spacing: Annotated[float, typer.Option(help="mm.")] = 4.0,
+    patch: Annotated[int, typer.Option(min=16, help="Voxels per axis.")] = 40,
+    pretrain_set: Annotated[list[str] | None, typer.Option(help="KEY=VALUE.")] = None,
+    finetune_set: Annotated[list[str] | None, typer.Option(help="KEY=VALUE.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File to append JSON lines to.")] = None,
+) -> None:
+    """What pre-training is worth: from it against from scratch, with few labels."""
+    from sparsemae.bench.quality import Setting, measure_quality
+
+    setting = Setting(
+        *(labelled, unlabelled, cases, seeds, recipe, pretrain_steps, steps, spacing, patch),
+        *(tuple(pretrain_set or ()), tuple(finetune_set or ())),
+    )
+    origin = machine(torch.device("cpu"))
+    rows = [row | origin for row in measure_quality(setting, output)]
+    if json is not None:
+        append_json(json, rows)
+    for row in rows:
+        dice = row["dice"]
+        typer.echo(
+            f"{row['start']}: Dice {dice['value']:.3f} [{dice['low']:.3f}, {dice['high']:.3f}]"
+        )
 
 
 @app.command()

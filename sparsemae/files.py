@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from sparsemae.errors import UserError
 
@@ -69,6 +70,22 @@ def write_atomically(path: Path, data: bytes, *, sync_name: bool = True) -> None
         os.replace(temporary, path)
     if sync_name:
         sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def opened_atomically(path: Path) -> Iterator[BinaryIO]:
+    """As `write_atomically`, for what is too large to be held: a file to write to, renamed at the
+    end if nothing was raised."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def write_once(path: Path, data: bytes) -> None:

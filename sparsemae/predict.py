@@ -132,6 +132,8 @@ def predict(
                 done.failures[case.id] = str(error)
                 line.say(f"{case.id}: left out: {error}")
                 continue
+            except UserError as error:
+                raise UserError(f"{case.id}: {error}") from None
             done.written.append(path)
             line.update(number + 1, len(cases), case.id, f"{begun}: done", last=True)
     return done

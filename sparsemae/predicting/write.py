@@ -1,7 +1,6 @@
 """Label maps and probabilities as NIfTI files on the grid, and with the header, of their image."""
 
 import gzip
-import io
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ from sparsemae.data.codes import one_line
 from sparsemae.data.reading.geometry import displacement, voxel_sizes
 from sparsemae.data.reading.native import NativeGrid, to_native
 from sparsemae.errors import UserError
-from sparsemae.files import write_atomically
+from sparsemae.files import opened_atomically
 
 LABEL_INTENT = 1002
 _LARGEST_SIZE = (1 << 15) - 1  # of an axis, in NIfTI-1
@@ -50,13 +49,12 @@ def write_like(
     if dtype.kind == "u" and (array.min() < 0 or array.max() > np.iinfo(dtype).max):
         raise ValueError(f"values {array.min()} to {array.max()} do not fit {dtype}")
     planes = _planes(to_native(array, native), dtype.newbyteorder("<"))
-    data = io.BytesIO()
-    # no time in it: equal voxels, equal bytes
-    with gzip.GzipFile("", "wb", 6, data, mtime=0) if packed else nullcontext(data) as file:
-        file.write(_header(native, array.shape[:-3], dtype).binaryblock + bytes(4))
-        for plane in planes:
-            file.write(plane)
-    write_atomically(path, data.getvalue())
+    with opened_atomically(path) as plain:
+        # no time in it: equal voxels, equal bytes
+        with gzip.GzipFile("", "wb", 6, plain, mtime=0) if packed else nullcontext(plain) as file:
+            file.write(_header(native, array.shape[:-3], dtype).binaryblock + bytes(4))
+            for plane in planes:
+                file.write(plane)
 
 
 def _planes(stored: Shaped[np.ndarray, "*channels X Y Z"], dtype: np.dtype) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32, Shaped
 from scipy import ndimage
 
-from sparsemae.data.preparing.resample import Grid, resample
+from sparsemae.data.preparing.resample import EQUAL, Grid, resample
 
 ANISOTROPIC = 3.0  # times the smallest voxel size
 
@@ -25,7 +25,7 @@ def thick_axis(old: Triple, new: Triple) -> int | None:
     """
     for spacing in (old, new):
         if max(spacing) / min(spacing) > ANISOTROPIC:
-            thick = [axis for axis, size in enumerate(spacing) if size == max(spacing)]
+            thick = [a for a, size in enumerate(spacing) if size > (1 - EQUAL) * max(spacing)]
             return thick[0] if len(thick) == 1 else None
     return None
 
