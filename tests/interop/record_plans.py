@@ -67,6 +67,10 @@ DATASETS = {
     "cube_M": ("M", ["MRI"], 2, 10, 1.0, [(1, 1)] * 3, [(200, 200)] * 3),  # ties everywhere
     "cube_XL": ("XL", ["MRI"], 2, 10, 1.0, [(1, 1)] * 3, [(256, 256)] * 3),
     "square_M": ("M", ["CT"], 2, 10, 1.0, [(1, 1)] * 3, [(150, 150), (300, 300), (300, 300)]),
+    "just_no_lowres_M": (  # the search for a coarser network ends where it saves too little
+        *("M", ["CT"], 5, 5, 1.0),
+        *([(5, 5), (0.8, 0.8), (0.8, 0.8)], [(111, 111), (316, 316), (316, 316)]),
+    ),
     "slab_L": ("L", ["MRI"], 2, 2, 1.0, [(1, 1)] * 3, [(4, 5), (300, 301), (91, 94)]),
 }
 
@@ -120,6 +124,7 @@ def fabricate(seed, preset, channels, labels, cases, relative_size, spacings, sh
 
 def plan(root, number, facts):
     """nnU-Net's plan for fabricated facts."""
+    import torch
     from nnunetv2.experiment_planning.experiment_planners.residual_unets import (
         residual_encoder_unet_planners as planners,
     )
@@ -149,7 +154,8 @@ def plan(root, number, facts):
         "median_relative_size_after_cropping": facts["relative_size"],
     }
     (prepared / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
-    with contextlib.redirect_stdout(io.StringIO()):
+    # networks are built to be counted only
+    with contextlib.redirect_stdout(io.StringIO()), torch.device("meta"):
         planner = getattr(planners, f"nnUNetPlannerResEnc{facts['preset']}")(name)
         plans = planner.plan_experiment()
     full = plans["configurations"]["3d_fullres"]
