@@ -14,7 +14,7 @@ from sparsemae.errors import UserError
 from sparsemae.models.mae import SparseMAE
 from sparsemae.pretraining.config import PretrainConfig, build_mae
 from sparsemae.pretraining.objective import Objective
-from sparsemae.runfiles import CHECKPOINTS
+from sparsemae.runfiles import CHECKPOINTS, PLAN
 from sparsemae.training.folder import claimed, config_file, versions
 from sparsemae.training.logs import require_tensorboard
 from sparsemae.training.options import check_precision
@@ -96,7 +96,10 @@ def load_run(run: Path, *, best: bool = False, averaged: bool = True) -> Run:
     Raises:
         UserError: No run there, or no whole checkpoint in it.
     """
-    config = load_config(PretrainConfig, config_file(run))
+    path = config_file(run)
+    if (run / PLAN).is_file():
+        raise UserError(f"{run}: a fine-tuning run, which segments; name a run of pre-training")
+    config = load_config(PretrainConfig, path)
     mae = build_mae(config)
     checkpoint, warnings = load_checkpoint(run / CHECKPOINTS)
     if best:

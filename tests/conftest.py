@@ -109,3 +109,51 @@ def draw_labelled():
 def labelled(tmp_path_factory, draw_labelled):
     """Such a data set of four cases with one channel; not to be changed."""
     return draw_labelled(tmp_path_factory.mktemp("labelled") / "Dataset009_Eggs")
+
+
+@pytest.fixture(scope="session")
+def small_plans(tmp_path_factory):
+    """An nnU-Net plans.json of a very small network, for data sets of one channel."""
+    architecture = {
+        "n_stages": 3, "features_per_stage": [4, 6, 8], "n_blocks_per_stage": [1, 1, 1],
+        "kernel_sizes": [[3, 3, 3]] * 3, "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
+        "n_conv_per_stage_decoder": [1, 1], "conv_op": "torch.nn.modules.conv.Conv3d",
+        "conv_bias": True, "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True}, "dropout_op": None,
+        "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }  # fmt: skip
+    configuration = {
+        "patch_size": [16, 16, 16], "batch_size": 2, "spacing": [1.0, 1.0, 1.0],
+        "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False],
+        "batch_dice": False,
+        "architecture": {
+            "network_class_name": "dynamic_network_architectures.architectures.unet."
+            "ResidualEncoderUNet",
+            "arch_kwargs": architecture, "_kw_requires_import": ["conv_op", "norm_op", "nonlin"],
+        },
+    }  # fmt: skip
+    plans = {
+        "dataset_name": "Dataset009_Eggs", "plans_name": "small",
+        "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
+        "configurations": {"3d_fullres": configuration},
+        "foreground_intensity_properties_per_channel": {},
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("plans") / "plans.json"
+    path.write_text(json.dumps(plans))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finetuned(tmp_path_factory, labelled, small_plans):
+    """A fine-tuning run of 40 steps on the labelled data set, which learned something."""
+    from sparsemae.finetune import FinetuneConfig, finetune
+
+    run = tmp_path_factory.mktemp("finetuned") / "run"
+    raw = {
+        "plan": {"file": str(small_plans)},
+        "data": {"augmentation": "plain", "validation": 4},
+        "train": {"steps": 40, "save_every": 20, "optimizer": "adamw", "lr": 1e-2},
+    }
+    finetune(labelled, run, FinetuneConfig.model_validate(raw))
+    return run
