@@ -88,8 +88,8 @@ def check_useful(table: TransferTable) -> None:
     raise UserError(
         one_line(
             f"{table.origin}: only {table.encoder_share:.0%} of the encoder's weights fit this "
-            f"network ({', '.join(misfits[:3])}): plan the data set like the pre-trained network "
-            f"(planner like_pretrained), or take other weights"
+            f"network ({', '.join(misfits[:3])}): plan the data set like theirs (plan.mode "
+            f"like_pretrained), or take other weights"
         )
     )
 
