@@ -115,7 +115,7 @@ def labelled(tmp_path_factory, draw_labelled):
 def small_plans(tmp_path_factory):
     """An nnU-Net plans.json of a very small network, for data sets of one channel."""
     architecture = {
-        "n_stages": 3, "features_per_stage": [4, 6, 8], "n_blocks_per_stage": [1, 1, 1],
+        "n_stages": 3, "features_per_stage": [8, 16, 16], "n_blocks_per_stage": [1, 1, 1],
         "kernel_sizes": [[3, 3, 3]] * 3, "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]],
         "n_conv_per_stage_decoder": [1, 1], "conv_op": "torch.nn.modules.conv.Conv3d",
         "conv_bias": True, "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
@@ -146,14 +146,14 @@ def small_plans(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finetuned(tmp_path_factory, labelled, small_plans):
-    """A fine-tuning run of 40 steps on the labelled data set, which learned something."""
+    """A fine-tuning run of 80 steps on the labelled data set, which learned its classes."""
     from sparsemae.finetune import FinetuneConfig, finetune
 
     run = tmp_path_factory.mktemp("finetuned") / "run"
     raw = {
         "plan": {"file": str(small_plans)},
-        "data": {"augmentation": "plain", "validation": 4},
-        "train": {"steps": 40, "save_every": 20, "optimizer": "adamw", "lr": 1e-2},
+        "data": {"augmentation": "none", "validation": 4},
+        "train": {"steps": 80, "save_every": 40, "optimizer": "adamw", "lr": 5e-3},
     }
     finetune(labelled, run, FinetuneConfig.model_validate(raw))
     return run

@@ -47,8 +47,8 @@ def test_it_learns_to_segment(finetuned):
         for record in map(json.loads, (finetuned / "metrics.jsonl").read_text().splitlines())
         if "loss" in record
     ]
-    assert len(losses) == 40
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert len(losses) == 80
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
     loaded = load_finetuned(finetuned)
     assert loaded.task.classes.names == ("background", "shell", "core")
     assert loaded.task.dataset == "Dataset009_Eggs"
@@ -57,7 +57,7 @@ def test_it_learns_to_segment(finetuned):
     assert loaded.plan == read_plan(finetuned)
     out = loaded.network(torch.zeros(1, 1, 16, 16, 16))
     assert out.shape == (1, 3, 16, 16, 16)
-    assert loaded.checkpoint.meta["trainer"]["best"][1] < 0.6  # 1 minus Dice
+    assert loaded.checkpoint.meta["trainer"]["best"][1] < 0.3  # 1 minus Dice
 
 
 def test_stopped_and_resumed_it_ends_with_the_same_bytes(labelled, tmp_path, config):

@@ -26,6 +26,7 @@ class PlanConfig(Strict):
     configuration: str = "3d_fullres"  # in that file
     like: str | None = None  # what like_pretrained follows, if not the weights of --init
     preset: Literal["M", "L", "XL"] = "L"  # nnU-Net's planner
+    memory_gb: PositiveFloat | None = None  # of the GPU to plan for; the preset's 8, 24 or 40
     spacing: Spacing | None = None  # mm, in place of the planned
 
 

@@ -52,7 +52,8 @@ def make_plan(
     }
     if mode == "nnunet":
         fingerprint = _fingerprint(dataset, folder, workers, console)
-        return plan_nnunet(fingerprint, dataset, preset=chosen.preset, **given)
+        given |= {"preset": chosen.preset, "memory_gb": chosen.memory_gb}
+        return plan_nnunet(fingerprint, dataset, **given)
     if reference is None:
         raise UserError(
             "plan.mode like_pretrained: there is nothing to be like; give --init, or plan.like"
