@@ -4,6 +4,7 @@ import gzip
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -49,12 +50,15 @@ def write_like(
     if dtype.kind == "u" and (array.min() < 0 or array.max() > np.iinfo(dtype).max):
         raise ValueError(f"values {array.min()} to {array.max()} do not fit {dtype}")
     planes = _planes(to_native(array, native), dtype.newbyteorder("<"))
-    with opened_atomically(path) as plain:
-        # no time in it: equal voxels, equal bytes
-        with gzip.GzipFile("", "wb", 6, plain, mtime=0) if packed else nullcontext(plain) as file:
-            file.write(_header(native, array.shape[:-3], dtype).binaryblock + bytes(4))
-            for plane in planes:
-                file.write(plane)
+    with opened_atomically(path) as plain, _packed(plain) if packed else nullcontext(plain) as file:
+        file.write(_header(native, array.shape[:-3], dtype).binaryblock + bytes(4))
+        for plane in planes:
+            file.write(plane)
+
+
+def _packed(file: BinaryIO) -> gzip.GzipFile:
+    """Without a time in it: equal voxels, equal bytes."""
+    return gzip.GzipFile("", "wb", 6, file, mtime=0)
 
 
 def _planes(stored: Shaped[np.ndarray, "*channels X Y Z"], dtype: np.dtype) -> Iterator[bytes]:
