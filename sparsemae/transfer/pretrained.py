@@ -5,7 +5,6 @@ how their axes were ordered; a state dict that says nothing is taken as [z, y, x
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from sparsemae.checkpoint import load_checkpoint
-from sparsemae.config import build_config, is_number
+from sparsemae.config import is_number
 from sparsemae.data.codes import one_line
-from sparsemae.data.finding.written import read_json
 from sparsemae.errors import UserError
 from sparsemae.models.topology import PRESETS, Topology, Triple
 from sparsemae.planning.nnunet_plans import (
@@ -27,8 +25,7 @@ from sparsemae.planning.nnunet_plans import (
     read_geometry,
     to_our_axes,
 )
-from sparsemae.planning.plan import Plan
-from sparsemae.runfiles import CHECKPOINTS, CONFIG
+from sparsemae.runfiles import CHECKPOINTS, CONFIG, PLAN
 from sparsemae.transfer.kernels import OURS, from_network_axes
 from sparsemae.transfer.names import TAKEN, canonical
 from sparsemae.transfer.shapes import topology_of
@@ -36,7 +33,6 @@ from sparsemae.weights import Weights, read_weights
 
 RUN, SAFETENSORS, NNUNET, NNSSL = "sparsemae run", "sparsemae safetensors", "nnU-Net", "nnssl"
 STATE_DICT = "state dict"
-PLAN = "plan.json"  # of a fine-tuning run
 METADATA = "sparsemae"  # the key of what we say about weights; in safetensors it is JSON
 FORMAT = "format"  # the key of its version
 ZYX = (2, 1, 0)  # the network's axes where nothing is said: SimpleITK's
@@ -54,7 +50,8 @@ class Pretrained:
     spacing: Spacing | None = None  # mm of the voxels it was trained on; None if various
     patch_size: Triple | None = None
     normalization: str | None = None  # of the intensities it was trained on
-    recipe: dict[str, Any] = field(default_factory=dict)  # how it was trained; plain data
+    # how it was trained; plain data, and nothing of single cases, since exports hold it
+    recipe: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what was renamed, turned, left out
 
     @property
@@ -117,11 +114,9 @@ def _pretrained(run: Path) -> Pretrained:
 
 
 def _finetuned(run: Path) -> Pretrained:
-    raw = read_json(os.fspath(run / PLAN))
-    try:
-        plan = build_config(Plan, raw)
-    except UserError as error:
-        raise UserError(one_line(f"{run / PLAN}: {error}")) from None
+    from sparsemae.finetuning.runs import read_plan
+
+    plan = read_plan(run)
     checkpoint, warnings = load_checkpoint(run / CHECKPOINTS)
     weights = checkpoint.ema()
     named = canonical(checkpoint.model() if weights is None else weights, run)
@@ -130,6 +125,9 @@ def _finetuned(run: Path) -> Pretrained:
         raise UserError(
             one_line(f"{run / PLAN}: not the plan of the run's checkpoints; restore it")
         )
+    task = checkpoint.meta.get("task", {})
+    shared = {key: task[key] for key in ("dataset", "channels", "classes") if key in task}
+    recipe = {"plan": plan.model_dump(mode="json"), "task": shared}
     return Pretrained(
         run,
         RUN,
@@ -138,7 +136,7 @@ def _finetuned(run: Path) -> Pretrained:
         plan.spacing,
         plan.patch_size,
         plan.channels[0].normalization,
-        {"step": checkpoint.step, "plan": plan.model_dump(mode="json")},
+        {"step": checkpoint.step, **recipe},
         (*warnings, *named.notes),
     )
 

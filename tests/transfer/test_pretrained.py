@@ -21,6 +21,10 @@ from sparsemae.transfer.kernels import into_network_axes
 from sparsemae.transfer.shapes import topology_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+TASK = {
+    "dataset": "D", "channels": ["T1", "T2"], "classes": ["a", "b"], "path": "/secret/D",
+    "train": ["case_7"], "val": [],
+}  # fmt: skip
 ORDERS = [(0, 1, 2), (2, 0, 1), (1, 0, 2)]  # the middle one is no involution
 
 
@@ -121,13 +125,15 @@ def test_a_finetuning_run_gives_weights_and_plan(tmp_path, trained, odd, unique)
     )
     run = tmp_path / "run"
     tensors = {"model.safetensors": unique(network), "optimizer.safetensors": {}}
-    write_checkpoint(run / "checkpoints", Snapshot(7, tensors, {}), keep=1, best=None)
+    write_checkpoint(run / "checkpoints", Snapshot(7, tensors, {"task": TASK}), keep=1, best=None)
     (run / "plan.json").write_text(plan.model_dump_json())
     found = read_pretrained(run)
     assert_holds(found, unique(network))
     assert (found.kind, found.topology) == ("sparsemae run", network.topology)
     assert (found.spacing, found.patch_size) == ((0.5, 1, 2), (8, 12, 16))
     assert found.input_channels == 2
+    assert found.recipe["task"] == {"dataset": "D", "channels": ["T1", "T2"], "classes": ["a", "b"]}
+    assert "case_7" not in json.dumps(found.recipe)
     other = plan.model_copy(update={"features_per_stage": (4, 6, 8, 9)})
     (run / "plan.json").write_text(other.model_dump_json())
     with pytest.raises(UserError, match=r"plan.json: not the plan of the run's checkpoints"):
