@@ -11,7 +11,7 @@ import typer
 
 from sparsemae.commands.common import first
 from sparsemae.commands.pretraining import preprocess, pretrain, reconstruct
-from sparsemae.commands.segmentation import compare, evaluate, finetune, predict
+from sparsemae.commands.segmentation import compare, evaluate, export, finetune, predict
 from sparsemae.commands.upkeep import demo, doctor, report, status
 from sparsemae.errors import DivergedError, LoaderError, OutOfMemoryError, RankError, UserError
 
@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 for command in (
     *(doctor, demo, preprocess, pretrain, reconstruct),
-    *(finetune, predict, evaluate, compare, status, report),
+    *(finetune, predict, evaluate, compare, export, status, report),
 ):
     app.command()(command)
 

@@ -1,4 +1,4 @@
-"""finetune, predict, evaluate and compare."""
+"""finetune, predict, evaluate, compare and export."""
 
 from pathlib import Path
 from typing import Annotated
@@ -212,3 +212,42 @@ def compare(
 
         code = run(suite, output, only=only, listing=listing, report_only=report_only, stop=stop)
     raise typer.Exit(code)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a file of weights.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="To write.")],
+    format: Annotated[str, typer.Option(help="nnunet, nnssl, safetensors or encoder.")],
+    plans: Annotated[
+        Path | None, typer.Option(metavar="P", help="nnU-Net's plans.json: its network.")
+    ] = None,
+    dataset_json: Annotated[
+        Path | None, typer.Option(metavar="D", help="dataset.json that goes with --plans.")
+    ] = None,
+    configuration: Annotated[str, typer.Option(help="Of the plans.")] = "3d_fullres",
+    trainer: Annotated[
+        bool, typer.Option("--trainer", help="Put nnU-Net's fine-tuning trainer beside it.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Give weights to nnU-Net, nnssl or others; says what was copied, adapted and left fresh."""
+    from rich.console import Console
+
+    from sparsemae.export import TRAINER_FOLDER
+    from sparsemae.export import export as write
+
+    table = write(
+        *(run, format, output),
+        plans=plans,
+        dataset_json=dataset_json,
+        configuration=configuration,
+        trainer=trainer,
+        overwrite=overwrite,
+    )
+    for note in table.notes:
+        say(note)
+    Console().print(table.table())
+    say(f"{table.summary()}\nwritten: {output}")
+    if trainer:
+        folder = (output.parent / TRAINER_FOLDER).resolve()
+        say(f"trainer: export nnUNet_extTrainer={folder}; then -tr nnUNetTrainerSawtooth")
