@@ -188,6 +188,11 @@ CODES: dict[str, Code] = {
     "labels.affine": _reject("another place or voxel size than the image", "resample it"),
     "labels.one_hot": _reject("one channel per class", "take the argmax over the channels"),
     "labels.empty": _warn("background only", "check the map"),
+    # the channels of a case: segmentation/reading.py
+    "channels.shape": _reject("another shape than the first channel", "resample to one grid"),
+    "channels.affine": _reject(
+        "another place or voxel size than the first channel", "resample to one grid"
+    ),
     # what preparation makes of it: transforms.py
     "intensity.flat": _reject(
         "one value, or as good as one, apart from the background; or none inside the CT window",
