@@ -69,6 +69,8 @@ class LabelledReader:
         self.library = LibraryAugmentation(patch_size, augment, masked) if vary == LIBRARY else None
         # as nnU-Net: of two patches the second, with a share of 0.33
         self.anywhere = round(batch_size * (1 - foreground))
+        if foreground > 0:
+            self.anywhere = min(self.anywhere, batch_size - 1)
         self.slices = slice_axis(patch_size)
 
     def case_of(self, sample: int) -> StoredCase:

@@ -95,7 +95,7 @@ def test_the_last_of_a_batch_shows_a_class_at_its_centre(prepared):
     assert 0 in free
 
 
-@pytest.mark.parametrize(("foreground", "first"), [(0.0, 4), (0.33, 3), (0.5, 2), (1.0, 0)])
+@pytest.mark.parametrize(("foreground", "first"), [(0.0, 4), (0.01, 3), (0.33, 3), (0.5, 2), (1.0, 0)])
 def test_how_many_of_a_batch_are_sure_to_show_a_class(prepared, foreground, first):
     read = reader(prepared, foreground=foreground, batch_size=4)
     assert read.anywhere == first
