@@ -12,8 +12,7 @@ from jaxtyping import Float, Float32, Int
 
 from sparsemae.data.loading.affine import AugmentConfig, Draw, draw, needed_box
 from sparsemae.data.loading.order import case_of, generator_of
-from sparsemae.data.loading.samples import grid_tables
-from sparsemae.errors import LoaderError, UserError
+from sparsemae.data.loading.samples import case_named, grid_tables
 from sparsemae.segmentation.intensity import IntensityDraw, draw_intensity
 from sparsemae.segmentation.library import LibraryAugmentation, slice_axis
 from sparsemae.segmentation.store import LabelledStore, StoredCase
@@ -85,13 +84,8 @@ class LabelledReader:
             LoaderError: Anything else, with the name of the case.
         """
         case = self.case_of(sample)
-        try:
+        with case_named(case.id):
             return self._read(case, sample)
-        except UserError:
-            raise
-        except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            raise LoaderError(f"case {case.id}: {text}") from error
 
     def begin(self, case: StoredCase, sample: int, random: Float[np.ndarray, "5"]) -> np.ndarray:
         """The case's voxel that is the patch's first; negative where the case is smaller."""

@@ -4,7 +4,8 @@ A patch that is not resampled is read voxel by voxel, nothing beside it; one tha
 scaled as the least box its interpolation touches. `augment.assemble` makes patches of both.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,13 +92,8 @@ class SampleReader:
             LoaderError: Anything else, with the name of the case.
         """
         case = self.case_of(sample)
-        try:
+        with case_named(case.id):
             return self._read(case, generator_of(sample, len(self.store.cases), self.seed))
-        except UserError:
-            raise
-        except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            raise LoaderError(f"case {case.id}: {text}") from error
 
     def _read(self, case: Case, rng: np.random.Generator) -> Sample:
         # where, then how: always the same numbers, so that no option changes the others' outcome
@@ -145,6 +141,18 @@ class SampleReader:
                 chosen = able[int(random[4] * len(able))]
                 least, most = low[chosen] - half, high[chosen] - half
         return least + np.floor(random[:3] * (most - least + 1)).astype(int)
+
+
+@contextlib.contextmanager
+def case_named(case: str) -> Iterator[None]:
+    """Turn what nobody saw coming into a `LoaderError` with the name of the case."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise LoaderError(f"case {case}: {text}") from error
 
 
 def grid_tables(
