@@ -141,6 +141,20 @@ def load_checkpoint(folder: Path, step: int | None = None) -> tuple[Checkpoint, 
     raise UserError(f"{what} in {folder}: put back a copy, or start a new run")
 
 
+def load_best_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
+    """That of the best validation, as the newest whole one knows it.
+
+    Raises:
+        UserError: There was no validation, or that checkpoint is not whole.
+    """
+    newest, warnings = load_checkpoint(folder)
+    found = newest.meta["trainer"]["best"]
+    if found is None:
+        raise UserError(f"{folder}: no validation, so no best checkpoint; take the newest")
+    best, more = load_checkpoint(folder, found[0])
+    return best, warnings + more
+
+
 def has_checkpoints(folder: Path) -> bool:
     """Whether there is any, whole or not."""
     return bool(_folders(folder))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sparsemae.checkpoint import Checkpoint, load_checkpoint, load_model
+from sparsemae.checkpoint import Checkpoint, load_best_checkpoint, load_checkpoint, load_model
 from sparsemae.config import load_config
 from sparsemae.data.store import Store
 from sparsemae.errors import UserError
@@ -101,12 +101,8 @@ def load_run(run: Path, *, best: bool = False, averaged: bool = True) -> Run:
         raise UserError(f"{run}: a fine-tuning run, which segments; name a run of pre-training")
     config = load_config(PretrainConfig, path)
     mae = build_mae(config)
-    checkpoint, warnings = load_checkpoint(run / CHECKPOINTS)
-    if best:
-        found = checkpoint.meta["trainer"]["best"]
-        if found is None:
-            raise UserError(f"{run}: no validation, so no best checkpoint; take the newest")
-        checkpoint, warnings = load_checkpoint(run / CHECKPOINTS, found[0])
+    load = load_best_checkpoint if best else load_checkpoint
+    checkpoint, warnings = load(run / CHECKPOINTS)
     weights = checkpoint.ema() if averaged else None
     load_model(mae, checkpoint.model() if weights is None else weights, checkpoint.path)
     return Run(config, mae.eval(), checkpoint, warnings)

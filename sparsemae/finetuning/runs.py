@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sparsemae.checkpoint import Checkpoint, load_checkpoint, load_model
+from sparsemae.checkpoint import Checkpoint, load_best_checkpoint, load_checkpoint, load_model
 from sparsemae.config import build_config, load_config
 from sparsemae.errors import UserError
 from sparsemae.finetuning.config import FinetuneConfig
@@ -102,12 +102,8 @@ def load_finetuned(run: Path, *, best: bool = False, averaged: bool = True) -> F
             f"`sparsemae finetune DATASET -o RUN --init {run}`"
         )
     config = load_config(FinetuneConfig, path)
-    checkpoint, warnings = load_checkpoint(run / CHECKPOINTS)
-    if best:
-        found = checkpoint.meta["trainer"]["best"]
-        if found is None:
-            raise UserError(f"{run}: no validation yet, so no best checkpoint; take the newest")
-        checkpoint, warnings = load_checkpoint(run / CHECKPOINTS, found[0])
+    load = load_best_checkpoint if best else load_checkpoint
+    checkpoint, warnings = load(run / CHECKPOINTS)
     # what the weights belong to is what their checkpoint says, whatever became of the other files
     plan = build_config(Plan, checkpoint.meta["plan"])
     task = Task.from_dict(checkpoint.meta["task"])
