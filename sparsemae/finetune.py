@@ -17,10 +17,11 @@ from sparsemae.finetuning.objective import Segmentation
 from sparsemae.finetuning.planning import make_plan
 from sparsemae.finetuning.runs import FinetunedRun, load_finetuned, read_plan
 from sparsemae.finetuning.runs import Task as Target
+from sparsemae.kinds import VALIDATION_DICE
 from sparsemae.live import say
 from sparsemae.models.resenc import ResEncUNet
 from sparsemae.planning.plan import Plan, build_network
-from sparsemae.runfiles import CHECKPOINTS, CONFIG, PLAN, STORE
+from sparsemae.runfiles import CHECKPOINTS, CONFIG, PLAN, STORE, TASK
 from sparsemae.segmentation.dataset import read_dataset
 from sparsemae.segmentation.making import prepare_store
 from sparsemae.segmentation.splits import Split, make_split
@@ -180,7 +181,18 @@ def _prepared(
         *(dataset.name, str(dataset.path.resolve()), dataset.channels, dataset.classes),
         *(split.train, split.val),
     )
+    _keep_task(run, target, config, table)
     return _Ready(config, plan, target, store.path, begins)
+
+
+def _keep_task(
+    run: Path, target: Target, config: FinetuneConfig, table: TransferTable | None
+) -> None:
+    """Write what is segmented and what the run begins with, for its page; kept when it goes on."""
+    if has_checkpoints(run / CHECKPOINTS) and (run / TASK).exists():
+        return
+    start = {"init": config.init, "transfer": None if table is None else table.summary()}
+    write_atomically(run / TASK, json.dumps(target.as_dict() | start, indent=1).encode())
 
 
 def _task(
@@ -201,7 +213,7 @@ def _task(
         batches=objective.batches,
         cases_of=objective.cases_of,
         validate=objective.validate if len(held_out) else None,
-        preview=lambda model, step: None,
+        preview=objective.preview,
         config=config,
         defining=config.defining() | {"plan": plan},
         data=f"{train.fingerprint}-{held_out.fingerprint}",
@@ -212,6 +224,7 @@ def _task(
             "init": config.init,
             "versions": versions(),
         },
+        measure=VALIDATION_DICE,
     )
 
 
@@ -221,5 +234,5 @@ def _told(plan: Plan, split: Split) -> str:
     return (
         f"plan ({plan.planner}): {plan.batch_size} patches of {size} voxels of {mm} mm, "
         f"{len(plan.features_per_stage)} stages; {len(split.train)} cases to train on, "
-        f"{len(split.val)} held out"
+        f"{len(set(split.val) - set(split.train))} held out"
     )

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsemae.files import write_atomically
+from sparsemae.kinds import Measure, kind_of
 from sparsemae.reporting.curves import STYLE as CURVES
 from sparsemae.reporting.curves import Curve, draw_curves
+from sparsemae.reporting.facts import read_facts
 from sparsemae.reporting.page import anchor, figure, page, settings, text, tile
 from sparsemae.reporting.preview import load_preview
 from sparsemae.reporting.readback import RunData, number, read_run
@@ -40,17 +42,18 @@ def write_run_report(run: Path) -> Path:
         UserError: No run there.
         OSError: It cannot be written.
     """
-    status = read_status(run)
+    status, kind = read_status(run), kind_of(run)
     data, preview, name = read_run(run), load_preview(run), run.resolve().name
     element, digest = script()
     parts = [
         _head(name, status, data),
-        _tiles(status, data),
-        f"<h2>Reconstruction</h2>{draw_viewer(preview, damaged=(run / PREVIEW).exists())}",
-        f'<h2>Curves</h2><div class="curves">{"".join(_curves(data))}</div>',
+        _tiles(status, data, kind.measure),
+        f"<h2>{kind.pictures}</h2>{draw_viewer(preview, damaged=(run / PREVIEW).exists())}",
+        f'<h2>Curves</h2><div class="curves">{"".join(_curves(data, kind.measure))}</div>',
         _odd(data),
         _history(data),
-        f'<h2>Configuration</h2><div class="settings">{settings(_flat(data.config))}</div>',
+        _settings("Data set and plan", read_facts(run)),
+        _settings("Configuration", list(_flat(data.config))),
         element,
     ]
     html = page(f"{name}: training", parts, style=_STYLE, script_hash=digest)
@@ -77,13 +80,13 @@ def _head(name: str, status: Status, data: RunData) -> str:
     )
 
 
-def _tiles(status: Status, data: RunData) -> str:
+def _tiles(status: Status, data: RunData, measure: Measure) -> str:
     totals, best, tiles = data.totals, status.best, []
     if status.loss is not None:
         tiles.append(tile(f"{status.loss:.4g}", "loss, mean of the last 50 steps"))
     if best is not None:
-        label = f"best validation loss, step {best['step']:,}"
-        tiles.append(tile(f"{best['val_loss']:.4g}", label))
+        label = f"best {measure.name}, step {best['step']:,}"
+        tiles.append(tile(f"{measure.shown(best['val_loss']):.4g}", label))
     if status.samples_per_second is not None:
         tiles.append(tile(f"{status.samples_per_second:.3g}", "samples per second"))
     if spent := totals["seconds"]:
@@ -111,12 +114,20 @@ def _last(status: Status, data: RunData) -> float | None:
     return max(filter(None, (status.updated, data.written)), default=None)
 
 
-def _curves(data: RunData) -> Iterator[str]:
+def _curves(data: RunData, measure: Measure) -> Iterator[str]:
     kinds = {kind for kind, _ in data.marks}
     marks = "".join(f', <b class="legend {kind}">{kind}</b>' for kind in sorted(kinds))
-    loss = [Curve("training", *data.loss), Curve("validation", *data.val_loss, kind="points")]
-    legend = ': <b class="legend main">training</b>, <b class="legend points">validation</b>'
-    yield figure("Loss", draw_curves("loss", loss, marks=data.marks), legend + marks)
+    training = Curve("training", *data.loss)
+    steps, validated = data.val_loss
+    validation = Curve(measure.short, steps, measure.shown(validated), kind="points")
+    if measure.score:  # on a scale of its own
+        yield figure("Training loss", draw_curves("loss", [training], marks=data.marks), marks)
+        label = f"{measure.name[0].upper()}{measure.name[1:]}, {measure.of}"
+        yield figure(label, draw_curves(measure.name, [validation], floor=0))
+    else:
+        legend = ': <b class="legend main">training</b>, <b class="legend points">validation</b>'
+        drawn = draw_curves("loss", [training, validation], marks=data.marks)
+        yield figure("Loss", drawn, legend + marks)
     lr = [Curve("learning rate", *data.lr)]
     yield figure("Learning rate", draw_curves("learning rate", lr, floor=0))
     norm = [Curve("gradient norm", *data.grad_norm)]
@@ -180,6 +191,11 @@ def _table(title: str, note: str, heads: str, rows: str) -> str:
         f'<h2 id="{anchor(title)}">{title}</h2><p class="soft">{note}</p>'
         f'<div class="wide"><table><tr>{heads}</tr>{rows}</table></div>'
     )
+
+
+def _settings(title: str, values: list[tuple[str, object]]) -> str:
+    """A section of keys and values; none without any."""
+    return f'<h2>{title}</h2><div class="settings">{settings(values)}</div>' if values else ""
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -2,6 +2,7 @@
 
 CONFIG = "config.toml"  # resolved: it rebuilds the run
 PLAN = "plan.json"  # of a fine-tuning run: its voxels, patches and network
+TASK = "task.json"  # of a fine-tuning run: its data set and cases, and what it began with
 STORE = "store"  # of a fine-tuning run: its prepared cases, unless they are kept elsewhere
 STATUS = "status.json"  # where the run stands, for people and scripts
 LOCK = ".lock"  # held by the process that trains

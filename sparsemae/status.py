@@ -9,6 +9,7 @@ from typing import Any
 from sparsemae.data.codes import one_line
 from sparsemae.errors import UserError
 from sparsemae.files import is_locked
+from sparsemae.kinds import Kind, kind_of
 from sparsemae.reporting.readback import lines_at_end, number, status_of
 from sparsemae.runfiles import CONFIG, LOCK, METRICS, TIMING
 
@@ -40,7 +41,7 @@ class Status:
     device: str
     host: str
     world_size: int | None
-    store: str
+    store: str  # where the data lie
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,7 +50,9 @@ class Status:
 def require_run(run: Path) -> None:
     """Raise a UserError unless there is a run in the folder."""
     if not (run / CONFIG).is_file():
-        raise UserError(f"{run}: no run there (no {CONFIG}); start one with sparsemae pretrain")
+        raise UserError(
+            f"{run}: no run there (no {CONFIG}); start one with sparsemae pretrain or finetune"
+        )
 
 
 def read_status(run: Path) -> Status:
@@ -88,6 +91,7 @@ def read_status(run: Path) -> Status:
 
 def describe(status: Status) -> str:
     """Lines for a person, the last of them what to do next."""
+    kind = kind_of(Path(status.run))
     of = f" of {status.steps} ({status.step / status.steps:.0%})" if status.steps else ""
     lines = [f"{status.run}: {status.state}, step {status.step}{of}"]
     if status.message:
@@ -95,7 +99,9 @@ def describe(status: Status) -> str:
     if status.loss is not None:
         lines.append(f"loss {status.loss:.4f} (mean of the last steps)")
     if status.best is not None:
-        lines.append(f"best validation {status.best['val_loss']:.4f} at step {status.best['step']}")
+        measure, best = kind.measure, status.best
+        shown = measure.shown(best["val_loss"])
+        lines.append(f"best {measure.short} {shown:.4f} at step {best['step']}")
     if status.checkpoint is not None:
         lines.append(f"newest checkpoint: step {status.checkpoint}")
     if status.seconds_per_step is not None:
@@ -105,12 +111,12 @@ def describe(status: Status) -> str:
         if status.seconds_left is not None:
             speed += f", {timedelta(seconds=round(status.seconds_left))} left"
         lines.append(speed)
-    return "\n".join([*lines, *_next(status)])
+    return "\n".join([*lines, *_next(status, kind)])
 
 
-def _next(status: Status) -> list[str]:
-    store = shlex.quote(status.store) if status.store else "STORE"
-    goes_on = f"sparsemae pretrain {store} -o {shlex.quote(status.run)} --resume"
+def _next(status: Status, kind: Kind) -> list[str]:
+    data = shlex.quote(status.store) if status.store else kind.data
+    goes_on = f"sparsemae {kind.command} {data} -o {shlex.quote(status.run)} --resume"
     match status.state:
         case "killed":
             return [f"its process has ended without a word; {goes_on}"]

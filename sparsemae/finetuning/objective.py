@@ -1,11 +1,13 @@
-"""Segmentation as a task for the training loop: batches, loss and validation.
+"""Segmentation as a task for the training loop: batches, loss, validation and preview.
 
 Every random number of a sample follows from the seed and the sample's number in the run, so a step
 sees the same on one rank or many, in one part or several.
 """
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,13 +19,18 @@ from sparsemae.finetuning.config import FinetuneConfig
 from sparsemae.finetuning.loss import segmentation_loss
 from sparsemae.models.resenc import ResEncUNet
 from sparsemae.planning.plan import Plan
-from sparsemae.segmentation.dataset import Classes
+from sparsemae.segmentation.dataset import IGNORE, Classes
 from sparsemae.segmentation.patches import assemble
 from sparsemae.segmentation.samples import LabelledReader
 from sparsemae.segmentation.store import LabelledStore
 from sparsemae.training.loop import Batch, Loss
 from sparsemae.training.options import evaluating
 from sparsemae.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from sparsemae.reporting.segmentation import SegmentationPreview
+
+PREVIEWED = 3  # patches in the report, of as many cases if there are
 
 
 class Segmentation:
@@ -47,19 +54,22 @@ class Segmentation:
         self.network, self.ranks = network, ranks
         masked = [channel.masked for channel in plan.channels]
 
-        def reader(store: LabelledStore, seed: int, vary: str) -> LabelledReader:
+        def reader(
+            store: LabelledStore, seed: int, vary: str, foreground: float = config.data.foreground
+        ) -> LabelledReader:
             return LabelledReader(
                 *(store, plan.patch_size, plan.batch_size),
                 seed=seed,
                 augment=config.data,
                 masked=masked,
                 vary=vary,
-                foreground=config.data.foreground,
+                foreground=foreground,
             )
 
         self._reader = reader(train, config.seed, config.data.augmentation)
         # the same for runs of any seed, so that they compare
         self._fixed = reader(held_out, 0, "none")
+        self._shown = reader(held_out if len(held_out) else train, 0, "none", foreground=1.0)
         check_parts(plan.batch_size, ranks.world_size, config.train.accumulate)
 
     def batches(self, start_step: int) -> Iterable[Batch]:
@@ -95,11 +105,35 @@ class Segmentation:
         counts = torch.zeros(3, len(self.classes), dtype=torch.float64, device=ranks.device)
         with evaluating(model, self.config.train.precision, ranks.device):
             for i in range(ranks.rank, count, ranks.world_size):
-                raw = RawBatch(self.plan.patch_size, (self._fixed(i),))
-                batch = assemble(raw.map(lambda a: torch.from_numpy(a).to(ranks.device)))
+                batch = self._patch(self._fixed, i)
                 logits = model(batch["image"])[0]
                 counts += overlap(logits.argmax(1), batch["labels"], self.classes)
         return 1 - mean_dice(ranks.total(counts))
+
+    def preview(self, model: ResEncUNet, step: int) -> "SegmentationPreview":
+        """Fixed patches of held-out cases around their classes, and what the model makes of them;
+        of cases that are trained on if none is held out."""
+        from sparsemae.reporting.segmentation import SegmentationPreview  # only for a report
+
+        shown = [self._patch(self._shown, i) for i in range(PREVIEWED)]
+        with evaluating(model, self.config.train.precision, self.ranks.device):
+            found = [model(batch["image"])[0].argmax(1).cpu() for batch in shown]
+        ignored = self.classes.ignore is not None
+        return SegmentationPreview(
+            step=step,
+            cases=tuple(batch["case"][0] for batch in shown),
+            image=torch.cat([batch["image"][:, 0].cpu() for batch in shown]).numpy(),
+            reference=torch.cat([batch["labels"].cpu() for batch in shown]).numpy(),
+            prediction=torch.cat(found).numpy(),
+            names=self.classes.names + (IGNORE,) * ignored,
+            ignore=ignored,
+            spacing=np.array([self._shown.case_of(i).spacing for i in range(PREVIEWED)]),
+        )
+
+    def _patch(self, reader: LabelledReader, i: int) -> Batch:
+        """Patch i of a reader, as a batch of one on the device."""
+        raw = RawBatch(self.plan.patch_size, (reader(i),))
+        return assemble(raw.map(lambda a: torch.from_numpy(a).to(self.ranks.device)))
 
 
 def overlap(predicted: Tensor, labels: Tensor, classes: Classes) -> Float[Tensor, "3 C"]:

@@ -7,8 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sparsemae.files import write_atomically
-
-_OPACITY = 0.45
+from sparsemae.reporting.palette import OPACITY, class_colours, draw_legend
 
 
 def draw_overlay(
@@ -26,13 +25,12 @@ def draw_overlay(
     """
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
-    from matplotlib.patches import Patch
 
     centre = np.array(labels.shape) // 2
     if labels.any():
         centre = np.median(np.argwhere(labels), axis=0).astype(int)
     low, high = np.percentile(image, (0.5, 99.5))
-    colours = _colours(len(names))
+    colours = class_colours(len(names))
     figure = Figure(figsize=(11, 7.6), facecolor="black", layout="constrained")
     for column, (plane, axis) in enumerate((("axial", 2), ("coronal", 1), ("sagittal", 0))):
         across, up = (a for a in range(3) if a != axis)
@@ -44,27 +42,12 @@ def draw_overlay(
             if row:
                 found = np.ma.masked_equal(classes, 0)
                 limits = {"vmin": -0.5, "vmax": len(names) - 0.5, "interpolation": "nearest"}
-                axes.imshow(found, cmap=ListedColormap(colours), alpha=_OPACITY, **limits, **shape)
+                axes.imshow(found, cmap=ListedColormap(colours), alpha=OPACITY, **limits, **shape)
             else:
                 axes.set_title(plane, color="white")
             axes.set_axis_off()
     shown = [k for k in range(1, len(names)) if (labels == k).any()]
-    handles = [Patch(color=colours[k], label=names[k]) for k in shown[:_MOST_NAMED]]
-    if handles:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=6, frameon=False, labelcolor="white"
-        )
+    draw_legend(figure, names, colours, shown)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     write_atomically(path, file.getvalue())
-
-
-_MOST_NAMED = 24
-
-
-def _colours(count: int) -> list[tuple[float, ...]]:
-    """Of classes 0 to count - 1, told apart as well as many can be."""
-    from matplotlib import colormaps
-
-    few = colormaps["tab10" if count <= 11 else "tab20"]
-    return [(0, 0, 0, 0), *(few(i % few.N) for i in range(count - 1))]

@@ -1,4 +1,4 @@
-"""Planes of volumes in rows, grey on black: original, masked, reconstruction."""
+"""Planes of volumes in rows on black, in grey or in colour."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,11 +13,13 @@ HIDDEN = "#30343b"  # where a plane has NaN: a masked voxel
 
 
 def plane_figure(
-    rows: Sequence[tuple[str, float, Mapping[str, Float[ndarray, "across up"]]]],
+    rows: Sequence[tuple[str, float, Mapping[str, Float[ndarray, "across up *rgb"]]]],
     limits: tuple[float, float],
     size: tuple[float, float],
 ) -> "Figure":
     """Draw planes, `size` inches in all, from black at the lower limit to white at the upper.
+
+    Planes that have colours are drawn as they are, in 8 bits each.
 
     Args:
         rows: The name of each, how much taller than wide a pixel is, and its planes by title; the
@@ -31,7 +33,7 @@ def plane_figure(
             axes = figure.add_subplot(len(rows), len(planes), len(planes) * row + column + 1)
             axes.set_facecolor(HIDDEN)
             axes.imshow(
-                plane.T,
+                plane.swapaxes(0, 1),
                 **{"cmap": "gray", "vmin": limits[0], "vmax": limits[1], "origin": "lower"},
                 aspect=aspect,
                 interpolation="nearest",

@@ -118,8 +118,13 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 def status_of(run: Path) -> dict[str, Any]:
     """`status.json`, or nothing."""
+    return read_json(run / STATUS)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The values of a file, or nothing."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        values = json.loads((run / STATUS).read_bytes())
+        values = json.loads(path.read_bytes())
         if isinstance(values, dict):
             return values
     return {}

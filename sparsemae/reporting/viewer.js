@@ -1,6 +1,7 @@
 "use strict";
-// Slices of original, masked and reconstruction side by side. Axes of a volume run to the right,
-// to the front and up, and an array is stored with the last axis fastest.
+// Views of one slice side by side: a grey volume each, with cells hidden or classes in colour. Axes
+// of a volume run to the right, to the front and up, and an array is stored with the last axis
+// fastest.
 (async () => {
   const viewer = document.getElementById("viewer");
   if (!viewer) return;
@@ -31,12 +32,17 @@
     return new Uint8Array(await new Response(stream).arrayBuffer());
   };
 
+  const { views, shapes, colours, opacity } = data;
+  const shape = shapes[views[0].grey];
+
   const volumesOf = async (index) => {
     if (!unpacked.has(index)) {
-      const item = data.items[index];
-      const [original, reconstruction, visible] = await Promise.all(
-        [item.original, item.reconstruction, item.visible].map(unpack));
-      unpacked.set(index, { original, reconstruction, visible });
+      const classes = new Set(views.map((view) => view.classes));
+      const pairs = Object.keys(shapes).map(async (name) => {
+        const bytes = await unpack(data.items[index][name]);
+        return [name, classes.has(name) ? new Uint16Array(bytes.buffer) : bytes];
+      });
+      unpacked.set(index, Object.fromEntries(await Promise.all(pairs)));
     }
     return unpacked.get(index);
   };
@@ -48,27 +54,32 @@
     const volumes = await volumesOf(index);
     if (index !== state.item || plane !== state.plane || slice !== state.slice) return;
     const [fixed, across, up] = PLANES[plane];
-    const { shape, grid } = data, mm = data.items[index].spacing;
-    const cell = shape.map((n, axis) => n / grid[axis]);
+    const mm = data.items[index].spacing;
     const width = shape[across], height = shape[up];
     const place = [0, 0, 0];
     place[fixed] = slice;
-    for (const name of ["original", "masked", "reconstruction"]) {
-      const canvas = document.getElementById(name);
+    for (const view of views) {
+      const canvas = document.getElementById(view.id);
       canvas.width = width;
       canvas.height = height;
       canvas.style.aspectRatio = `${width * mm[across]} / ${height * mm[up]}`;
       const image = new ImageData(width, height), pixels = image.data;
-      const source = name === "reconstruction" ? volumes.reconstruction : volumes.original;
+      const source = volumes[view.grey], visible = volumes[view.visible];
+      const classes = volumes[view.classes];
+      const grid = shapes[view.visible];
+      const cell = visible && shape.map((n, axis) => n / grid[axis]);
       for (let row = 0; row < height; row++) {
         place[up] = height - 1 - row;
         for (let column = 0; column < width; column++) {
           place[across] = column;
-          const to = 4 * (row * width + column);
-          const grey = source[offset(shape, place)];
-          const hidden = name === "masked" &&
-            !volumes.visible[offset(grid, place.map((n, axis) => Math.floor(n / cell[axis])))];
-          for (let c = 0; c < 3; c++) pixels[to + c] = hidden ? HIDDEN[c] : grey;
+          const to = 4 * (row * width + column), at = offset(shape, place);
+          const grey = source[at], number = classes ? classes[at] : 0;
+          const hidden = visible &&
+            !visible[offset(grid, place.map((n, axis) => Math.floor(n / cell[axis])))];
+          for (let c = 0; c < 3; c++) {
+            const mixed = number ? grey + opacity * (colours[number][c] - grey) : grey;
+            pixels[to + c] = hidden ? HIDDEN[c] : Math.round(mixed);
+          }
           pixels[to + 3] = 255;
         }
       }
@@ -80,7 +91,7 @@
   const slider = document.getElementById("slice");
   const show = () => {
     const [fixed, , , left, right, top, bottom] = PLANES[state.plane];
-    const most = data.shape[fixed] - 1;
+    const most = shape[fixed] - 1;
     state.slice = Math.min(Math.max(state.slice, 0), most);
     slider.max = most;
     slider.value = state.slice;
@@ -94,7 +105,7 @@
     draw().catch((error) => fail(`The volumes in this page are damaged: ${error}`));
   };
   const middle = () => {
-    state.slice = Math.floor(data.shape[PLANES[state.plane][0]] / 2);
+    state.slice = Math.floor(shape[PLANES[state.plane][0]] / 2);
     show();
   };
 

@@ -20,7 +20,7 @@ from sparsemae import checkpoint
 from sparsemae.errors import UserError
 from sparsemae.files import TEMPORARY, locked, write_atomically
 from sparsemae.reporting.readback import status_of
-from sparsemae.runfiles import CHECKPOINTS, CONFIG, LOCK, PLAN, STATUS, STORE
+from sparsemae.runfiles import CHECKPOINTS, CONFIG, LOCK, PLAN, STATUS, STORE, TASK
 from sparsemae.status import require_run
 from sparsemae.training import logs
 
@@ -55,7 +55,7 @@ def check_free(run: Path, *, resume: bool) -> None:
             f"{run} holds a run already: choose another -o, or --resume to continue that run"
         )
     # what a process leaves that was killed before it wrote the configuration
-    early = {LOCK, PLAN, STORE}
+    early = {LOCK, PLAN, STORE, TASK}
     if any(not name.endswith(TEMPORARY) for name in names - early):
         raise UserError(f"{run} exists already and holds no run: choose another -o")
 

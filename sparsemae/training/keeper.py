@@ -40,7 +40,7 @@ from sparsemae.training.ranks import Ranks
 from sparsemae.training.task import Task
 
 if TYPE_CHECKING:
-    from sparsemae.reporting.preview import Preview
+    from sparsemae.training.task import AnyPreview
 
 LONG_LOG = 4_000_000  # bytes, some 40 000 steps
 _EVENTS = {0: "finished", PREEMPTED: "preempted", INTERRUPTED: "interrupted"}  # by exit code
@@ -109,7 +109,7 @@ class Keeper(AbstractContextManager):
         else:
             self.status.update(checkpoint=state.step, best=_best(state))
         self.progress = self.stack.enter_context(
-            TrainingProgress(self.config.steps, state.step, self.console)
+            TrainingProgress(self.config.steps, state.step, self.console, self.task.measure)
         )
         self.progress.saved(state.step)
 
@@ -216,7 +216,7 @@ class Keeper(AbstractContextManager):
                 f"already; give as many or more"
             )
 
-    def _preview(self, model: nn.Module, step: int) -> "Preview | None":
+    def _preview(self, model: nn.Module, step: int) -> "AnyPreview | None":
         """For the report, as `_report`."""
         try:
             return self.task.preview(model, step)
@@ -224,7 +224,7 @@ class Keeper(AbstractContextManager):
             self._note(step, "warning", f"preview: {error!r}")
             return None
 
-    def _write(self, state: State, preview: "Preview | None") -> None:
+    def _write(self, state: State, preview: "AnyPreview | None") -> None:
         """Copy the state, and write it beside the training."""
         trainer = {
             "guard": asdict(state.guard),
@@ -252,7 +252,7 @@ class Keeper(AbstractContextManager):
 
         self.background.start(job)
 
-    def _report(self, step: int, preview: "Preview | None" = None) -> None:
+    def _report(self, step: int, preview: "AnyPreview | None" = None) -> None:
         """The page is for people: training goes on without it, and the history says so."""
         try:
             # not before it is needed: it imports what draws

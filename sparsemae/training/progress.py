@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import TaskProgressColumn
 from rich.table import Table
 
+from sparsemae.kinds import VALIDATION_LOSS, Measure
 from sparsemae.live import LiveLine
 from sparsemae.training.loop import StepRecord
 
@@ -17,8 +18,8 @@ SMOOTHING = 0.9  # of the shown loss and speed
 class TrainingProgress(AbstractContextManager):
     """Shows loss, learning rate, gradient, speed, memory, checkpoint and remaining time."""
 
-    def __init__(self, steps: int, done: int, console: Console):
-        self.steps, self.first, self.console = steps, done, console
+    def __init__(self, steps: int, done: int, console: Console, measure: Measure = VALIDATION_LOSS):
+        self.steps, self.first, self.console, self.measure = steps, done, console, measure
         self.started = time.monotonic()
         self.loss = self.speed = self.wait = self.record = None
         self.checkpoint = self.val_loss = None
@@ -51,7 +52,8 @@ class TrainingProgress(AbstractContextManager):
     def validated(self, step: int, loss: float) -> None:
         self.val_loss = loss
         if not self.live:
-            self.line.say(f"step {step}/{self.steps}  validation loss {loss:.4f}")
+            number = f"{self.measure.name} {self.measure.shown(loss):.4f}"
+            self.line.say(f"step {step}/{self.steps}  {number}")
 
     def saved(self, step: int) -> None:
         self.checkpoint = step
@@ -65,7 +67,7 @@ class TrainingProgress(AbstractContextManager):
         if self.live:
             numbers |= {"last loss": f"{self.record.loss:.4f}"}
             if self.val_loss is not None:
-                numbers |= {"validation": f"{self.val_loss:.4f}"}
+                numbers |= {self.measure.short: f"{self.measure.shown(self.val_loss):.4f}"}
         numbers |= {"lr": f"{self.record.lr:.2e}", "grad": f"{self.record.grad_norm:.3g}"}
         numbers |= {"samples/s": f"{self.speed:.2f}", "data wait": f"{self.wait:.0%}"}
         if self.record.memory is not None:

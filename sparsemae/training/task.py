@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sparsemae.config import Strict
+from sparsemae.kinds import VALIDATION_LOSS, Measure
 from sparsemae.training.loop import Batch, Loss
 
 if TYPE_CHECKING:
     from sparsemae.reporting.preview import Preview
+    from sparsemae.reporting.segmentation import SegmentationPreview
+
+    AnyPreview = Preview | SegmentationPreview
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,9 @@ class Task:
     batches: Callable[[int], Iterable[Batch]]  # this rank's, from a step on
     cases_of: Callable[[int], Sequence[str]]  # what the samples of a step show, over all ranks
     validate: Callable[[nn.Module], float] | None  # called on all ranks; lower is better
-    preview: Callable[[nn.Module, int], "Preview | None"]  # for the report, of a step; on rank 0
+    preview: Callable[[nn.Module, int], "AnyPreview | None"]  # for the report, of a step; on rank 0
     config: Strict  # the whole configuration, written into the run folder
     defining: dict[str, Any]  # what of it a resumed run must have in common
     data: str  # fingerprint of what it is trained on; a resumed run must have the same
     origin: dict[str, Any]  # more for every checkpoint; "store" is where the data lie
+    measure: Measure = VALIDATION_LOSS  # what people are told of `validate`

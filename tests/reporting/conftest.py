@@ -1,13 +1,18 @@
-"""A run folder as training leaves it, without training."""
+"""A run folder as training leaves it, without training, and a browser to look at its page."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from sparsemae.reporting.preview import Preview, save_preview
+from sparsemae.reporting.segmentation import SegmentationPreview
 
 SHAPE, CELL = (24, 16, 8), 4
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
 
 
 @pytest.fixture
@@ -31,6 +36,27 @@ def _preview(cases=("case a", "case b"), shape=SHAPE, cell=CELL, step=40):
     spacing = np.array([[1.0, 1.5, 3.0]] * len(cases))
     restored = 0.8 * original[:, ::-1]
     return Preview(step, tuple(cases), original, restored, visible, (cell,) * 3, spacing)
+
+
+@pytest.fixture
+def make_segmentation():
+    return _segmentation
+
+
+def _segmentation(cases=("case a", "case b"), names=("background", "shell", "core"), ignore=False):
+    """A bar of each class along an axis of its own, and other bars predicted."""
+    shape = (len(cases), *SHAPE)
+    image = np.indices(shape).transpose(1, 2, 3, 4, 0) @ np.array([1.0, 1, 30, 500])
+    reference, prediction = np.zeros((2, *shape), int)
+    reference[:, 3:20, 2:5, 1:3] = 1
+    reference[0, 10:13, 5:15, 2:6] = 2
+    prediction[:, 5:22, 3:5, 2:7] = 2
+    prediction[-1, 1:3, 4:14, :] = 1
+    if ignore:
+        reference[0, 20:, 8:, :5] = len(names) - 1
+    spacing = np.array([[1.0, 1.5, 3.0]] * len(cases))
+    volumes = image.astype(np.float32), reference, prediction
+    return SegmentationPreview(40, cases, *volumes, names, ignore, spacing)
 
 
 def _make(run, steps=40, preview=None, odd=(), nan=(), state="finished", **status):
@@ -63,3 +89,32 @@ def _make(run, steps=40, preview=None, odd=(), nan=(), state="finished", **statu
     if preview is not None:
         save_preview(run, preview)
     return run
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api")
+    if not BROWSER:
+        pytest.skip("no chromium on PATH")
+    with api.sync_playwright() as driver:
+        # a container's root has no sandbox
+        options = {"executable_path": BROWSER, "args": ["--no-sandbox"]}
+        with driver.chromium.launch(**options) as started:
+            yield started
+
+
+@pytest.fixture
+def page(browser):
+    """A page that fails its test for any error, and for any request beyond its file."""
+    trouble = []
+    page = browser.new_page(viewport={"width": 1300, "height": 900})
+    page.on("console", lambda m: trouble.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("request", lambda request: trouble.append(request.url) if asked(request) else None)
+    yield page
+    page.close()
+    assert trouble == []
+
+
+def asked(request):
+    return not request.url.startswith(("file:", "data:", "blob:"))

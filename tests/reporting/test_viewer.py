@@ -1,7 +1,6 @@
 """The slice viewer in a real browser: from disk, offline, and the slice it shows is the slice."""
 
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -9,9 +8,6 @@ import pytest
 from sparsemae.report import write_run_report
 from sparsemae.reporting.preview import load_preview
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
 PIXELS = """id => {
   const canvas = document.getElementById(id);
   const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
@@ -19,35 +15,6 @@ PIXELS = """id => {
 }"""
 HIDDEN = (48, 52, 59)
 AXES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}  # fixed, right, up
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    if not BROWSER:
-        pytest.skip("no chromium on PATH")
-    with api.sync_playwright() as driver:
-        # a container's root has no sandbox
-        options = {"executable_path": BROWSER, "args": ["--no-sandbox"]}
-        with driver.chromium.launch(**options) as started:
-            yield started
-
-
-@pytest.fixture
-def page(browser):
-    """A page that fails its test for any error, and for any request beyond its file."""
-    trouble = []
-    page = browser.new_page(viewport={"width": 1300, "height": 900})
-    page.on("console", lambda m: trouble.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda error: trouble.append(str(error)))
-    page.on("request", lambda request: trouble.append(request.url) if asked(request) else None)
-    yield page
-    page.close()
-    assert trouble == []
-
-
-def asked(request):
-    return not request.url.startswith(("file:", "data:", "blob:"))
 
 
 def opened(page, run):
