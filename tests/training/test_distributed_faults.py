@@ -2,14 +2,10 @@
 
 import json
 import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,79 +34,6 @@ LIMITED = """
 [ "$RANK" = 0 ] && ulimit -f 12000  # KiB: the weights and their mean fit, two moments do not
 exec "$@"
 """
-
-
-class Agent:
-    """A torchrun of ranks on this machine; `printed` is what all of them said."""
-
-    def __init__(self, out, ranks, *words):
-        self.out = out
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(ranks), "--no-python", *map(str, words)]
-        with out.open("w") as file:
-            self.process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
-
-    @property
-    def printed(self):
-        return self.out.read_text()
-
-    @property
-    def errors(self):
-        start = "sparsemae: error: "
-        return [line for line in self.printed.splitlines() if line.startswith(start)]
-
-    @property
-    def traced(self):
-        """Whether there is a traceback of ours; torchrun always prints one of its own."""
-        return re.search(r'File "[^"]*/sparsemae/', self.printed) is not None
-
-    def wait(self, code):
-        assert self.process.wait(120) == code, self.printed
-
-    def until(self, condition):
-        limit = time.monotonic() + 90
-        while not condition():
-            assert self.process.poll() is None, self.printed
-            assert time.monotonic() < limit, self.printed
-            time.sleep(0.005)
-
-    def rank(self, number):
-        """Its pid."""
-        for pid in children(self.process.pid):
-            if f"RANK={number}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                return pid
-        raise AssertionError(f"rank {number} does not run\n{self.printed}")
-
-
-def children(pid):
-    return [
-        int(child)
-        for listing in Path(f"/proc/{pid}/task").glob("*/children")
-        for child in listing.read_text().split()
-    ]
-
-
-@pytest.fixture
-def torchrun(tmp_path):
-    """`torchrun(ranks, *words)`: an Agent; it and its ranks end with the test."""
-    agents = []
-
-    def start(ranks, *words):
-        agents.append(Agent(tmp_path / f"out-{len(agents)}.txt", ranks, *words))
-        return agents[-1]
-
-    yield start
-    for agent in agents:
-        if agent.process.poll() is None:
-            for pid in [agent.process.pid, *children(agent.process.pid)]:
-                os.kill(pid, signal.SIGKILL)
-            agent.process.wait()
 
 
 def sparsemae(words):
@@ -207,7 +130,7 @@ def test_a_killed_loader_worker_of_one_rank_ends_all_and_resuming_ends_the_same(
     agent = torchrun(2, *words)
     agent.until(lambda: steps_done(run) >= 5)
     rank = agent.rank(1)
-    (worker,) = children(rank)
+    (worker,) = agent.children(rank)
     os.kill(worker, signal.SIGKILL)
     agent.wait(1)
     (said,) = [line for line in agent.errors if "case" in line]

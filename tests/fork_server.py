@@ -4,8 +4,9 @@ A command starts in milliseconds so, and can be killed often. Reads JSON lines: 
 "slow", "largest", "memory"} starts a child in a process group of its own and answers its pid;
 {"wait": pid} answers its exit code, negative for a signal.
 
-slow: seconds that half a file of a checkpoint takes; a validation and a report take 0.1, and while
-    they go on there is a file `out`.validation or `out`.report.
+slow: seconds that half a file of a checkpoint takes; looking at a case, preparing it, a validation
+    and a report take 0.1, and while they go on there is a file `out`.looking, .preparing,
+    .validation or .report.
 largest: bytes that no file may grow beyond. memory: bytes of address space beside what is used.
 """
 
@@ -22,10 +23,14 @@ import matplotlib.figure
 import torch
 import torch._dynamo  # an optimiser imports it
 
-from sparsemae import checkpoint, cli, files, pretrain, reconstruct, report
+from sparsemae import checkpoint, cli, files, finetune, pretrain, reconstruct, report
+from sparsemae.finetuning.objective import Segmentation
+from sparsemae.planning import fingerprint
 from sparsemae.pretraining.objective import Objective
+from sparsemae.segmentation import making
 
 assert matplotlib
+assert finetune
 assert pretrain
 assert reconstruct
 
@@ -37,7 +42,10 @@ def child(argv, out, slow, largest, memory):
     os.dup2(descriptor, 2)
     if slow:
         checkpoint.write_synced = slowly(slow)
-        Objective.validate = marked(Path(f"{out}.validation"), Objective.validate)
+        fingerprint.read_case = marked(Path(f"{out}.looking"), fingerprint.read_case)
+        making.write_case = marked(Path(f"{out}.preparing"), making.write_case)
+        for kind in (Objective, Segmentation):
+            kind.validate = marked(Path(f"{out}.validation"), kind.validate)
         report.write_run_report = marked(Path(f"{out}.report"), report.write_run_report)
     if largest:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
@@ -77,11 +85,11 @@ def slowly(seconds):
 def marked(mark, work):
     """`work`, taking longer, with a file that is there while it goes on."""
 
-    def call(*arguments):
+    def call(*arguments, **options):
         mark.touch()
         time.sleep(0.1)
         try:
-            return work(*arguments)
+            return work(*arguments, **options)
         finally:
             mark.unlink()
 
