@@ -150,6 +150,10 @@ def _prepared(
     stop: Callable[[], int],
 ) -> _Ready | None:
     """Everything before the first step; None if it was stopped."""
+
+    def stopped() -> bool:
+        return stop() > 0
+
     dataset = read_dataset(path)
     split = make_split(dataset, config.fold, None if config.splits is None else Path(config.splits))
     pretrained = None
@@ -161,7 +165,14 @@ def _prepared(
     if (run / CONFIG).exists():
         plan = read_plan(run)
     else:
-        plan = make_plan(config, dataset, pretrained, folder, workers=workers, console=console)
+        plan = make_plan(
+            *(config, dataset, pretrained, folder),
+            workers=workers,
+            console=console,
+            stopped=stopped,
+        )
+        if plan is None:
+            return None
         say(console, _told(plan, split))
     _, table = start_network(config, plan, len(dataset.classes), pretrained)
     if table is not None:  # before the long work: it may be that nothing fits
@@ -171,7 +182,7 @@ def _prepared(
         *(dataset, plan, folder),
         workers=0 if workers == 1 else workers,
         console=console,
-        stopped=lambda: stop() > 0,
+        stopped=stopped,
     )
     if store is None:
         return None

@@ -1,6 +1,7 @@
 """Which plan a new fine-tuning run gets."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -30,8 +31,11 @@ def make_plan(
     *,
     workers: int = 1,
     console: Console,
-) -> Plan:
+    stopped: Callable[[], bool] = lambda: False,
+) -> Plan | None:
     """The plan that `config` asks for; what is learned of the data set is kept in `folder`.
+
+    None if it was `stopped`, which is asked between cases, while it looked at them.
 
     Raises:
         UserError: Files of the data set cannot be used, the plan is not one for it, or what it
@@ -51,7 +55,9 @@ def make_plan(
         "batch_size": data.batch_size,
     }
     if mode == "nnunet":
-        fingerprint = _fingerprint(dataset, folder, workers, console)
+        fingerprint = _fingerprint(dataset, folder, workers, console, stopped)
+        if fingerprint is None:
+            return None
         given |= {"preset": chosen.preset, "memory_gb": chosen.memory_gb}
         return plan_nnunet(fingerprint, dataset, **given)
     if reference is None:
@@ -64,7 +70,9 @@ def make_plan(
             f"{reference.origin}: nothing in it tells the network's {missing}; set plan.mode=nnunet"
             f"{', or data.patch_size' if reference.topology is not None else ''}"
         )
-    fingerprint = _fingerprint(dataset, folder, workers, console)
+    fingerprint = _fingerprint(dataset, folder, workers, console, stopped)
+    if fingerprint is None:
+        return None
     patch_size = reference.patch_size or data.patch_size
     followed = Reference(reference.topology, patch_size, reference.spacing)
     return plan_like_pretrained(fingerprint, dataset, followed, **given)
@@ -90,8 +98,10 @@ def _from_file(config: FinetuneConfig, dataset: Dataset) -> Plan:
     return plan
 
 
-def _fingerprint(dataset: Dataset, folder: Path, workers: int, console: Console) -> Fingerprint:
-    """As kept in `folder`, unless a file of the data set has changed since."""
+def _fingerprint(
+    dataset: Dataset, folder: Path, workers: int, console: Console, stopped: Callable[[], bool]
+) -> Fingerprint | None:
+    """As kept in `folder`, unless a file of the data set has changed since; None if stopped."""
     path = folder / f"{dataset.name}-{FINGERPRINT}"
     stamps = {case.id: _stamp(case) for case in dataset.training}
     classes = [list(dataset.classes.names), dataset.classes.ignore]
@@ -102,7 +112,11 @@ def _fingerprint(dataset: Dataset, folder: Path, workers: int, console: Console)
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         pass  # made anew
     say(console, f"looking at {len(dataset.training)} cases of {dataset.path}")
-    fingerprint = take_fingerprint(dataset, dataset.training, workers=workers, console=console)
+    fingerprint = take_fingerprint(
+        dataset, dataset.training, workers=workers, console=console, stopped=stopped
+    )
+    if fingerprint is None:
+        return None
     folder.mkdir(parents=True, exist_ok=True)
     found = {
         "stamps": stamps,

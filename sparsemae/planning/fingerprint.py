@@ -4,7 +4,7 @@ As nnU-Net's extractor has it, so whatever is wrong with a file is found before 
 Its intensities are a random sample; here every case gives as many of its sorted voxels, evenly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -74,12 +74,14 @@ def take_fingerprint(
     *,
     workers: int = 1,
     console: Console | None = None,
-) -> Fingerprint:
+    stopped: Callable[[], bool] = lambda: False,
+) -> Fingerprint | None:
     """Read images and label maps of `cases`, in any order but with one result.
 
     Args:
         workers: Processes; 1 works in this one.
         console: Where progress is shown; None for silence.
+        stopped: Asked between cases; None is returned if it was True before the last.
 
     Raises:
         UserError: Files are damaged, do not fit each other or the classes (up to five are named),
@@ -90,13 +92,16 @@ def take_fingerprint(
     examine = partial(_examine, classes=dataset.classes)
     found: dict[str, _Examined | str] = {}
     with LiveLine(console or Console(quiet=True), "cases read", total=len(cases)) as line:
-        for case, result in run_jobs(examine, cases, workers if workers > 1 else 0):
+        processes = workers if workers > 1 else 0
+        for case, result in run_jobs(examine, cases, processes, stopped=stopped):
             lost = isinstance(result, Lost)
             found[case.id] = f"{case.images[0]}: {result.reason}" if lost else result
             unfit = sum(isinstance(r, str) for r in found.values())
             numbers = f"{unfit} unfit" if unfit else ""
             plain = f"cases read {len(found)}/{len(cases)}  {numbers}".rstrip()
             line.update(len(found), len(cases), numbers, plain, last=len(found) == len(cases))
+    if len(found) < len(cases):
+        return None
     results = [found[case.id] for case in cases]
     _refuse(dataset, [r for r in results if isinstance(r, str)], len(cases))
     return Fingerprint(

@@ -68,7 +68,7 @@ def prepare_store(
 
     Args:
         workers: Processes; 0 works in this one.
-        stopped: Asked between cases; None is returned once it is True.
+        stopped: Asked between cases and while waiting; None is returned once it is True.
 
     Raises:
         UserError: Cases cannot be used; names them. What is whole is kept.
@@ -79,7 +79,9 @@ def prepare_store(
     store = folder / f"{dataset.name}-{key}"
     store.mkdir(parents=True, exist_ok=True)
     console = console or Console(quiet=True)
-    with _alone(store, console, stopped):
+    with _alone(store, console, stopped) as alone:
+        if not alone:
+            return None
         known = _known(store, made)
         stamps = {case.id: _stamp(case) for case in dataset.training}
         kept = {
@@ -145,8 +147,8 @@ def _prepare(job: Job) -> StoredCase | str:
 
 
 @contextlib.contextmanager
-def _alone(store: Path, console: Console, stopped: Callable[[], bool]) -> Iterator[None]:
-    """Hold the store, after whoever is preparing in it."""
+def _alone(store: Path, console: Console, stopped: Callable[[], bool]) -> Iterator[bool]:
+    """Hold the store, after whoever is preparing in it; False if it was stopped before."""
     with contextlib.ExitStack() as stack:
         told = False
         while True:
@@ -155,12 +157,13 @@ def _alone(store: Path, console: Console, stopped: Callable[[], bool]) -> Iterat
                 break
             except UserError:
                 if stopped():
-                    raise
+                    yield False
+                    return
                 if not told:
                     say(console, f"{store}: another process prepares it; waiting")
                     told = True
                 time.sleep(_WAIT)
-        yield
+        yield True
 
 
 def _known(store: Path, made: dict[str, Any]) -> tuple[StoredCase, ...]:
