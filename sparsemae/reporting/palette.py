@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 OPACITY = 0.45  # of a class over the image
 MOST_NAMED = 24  # in a picture
+_LETTER, _BESIDE = 0.09, 0.6  # inches of a letter in a legend, and of what is beside a name
 _LETTERS, _LAST_LETTER = 36, "\u024f"  # of a name in a picture; the last of Latin
 
 
@@ -45,7 +46,9 @@ def draw_legend(
     handles = [Patch(color=colours[k], label=printable(names[k])) for k in shown[:MOST_NAMED]]
     if not handles:
         return
-    place = {"loc": "outside lower center", "ncols": 6, "frameon": False}
+    longest = max(len(handle.get_label()) for handle in handles)
+    room = int(figure.get_figwidth() / (_LETTER * longest + _BESIDE))
+    place = {"loc": "outside lower center", "ncols": max(1, min(6, room)), "frameon": False}
     legend = figure.legend(handles=handles, **place)
     for label in legend.get_texts():
         label.set(color="white", parse_math=False)

@@ -315,7 +315,9 @@ def test_what_was_transferred_is_still_told_when_a_run_goes_on(
         "data": {"augmentation": "plain", "validation": 1},
         "train": {"steps": 3, "save_every": 3},
     }
-    finetune(labelled, run, build_config(FinetuneConfig, raw))
+    console = Console(file=StringIO(), width=200)
+    finetune(labelled, run, build_config(FinetuneConfig, raw), console=console)
+    assert re.search(r"step 3/3  validation Dice 0\.[3-9]", console.file.getvalue())
     before = (run / "task.json").read_bytes()
     rows = dict(read_facts(run))
     assert rows["started from"] == str(start)

@@ -102,6 +102,17 @@ def test_the_picture_has_reference_and_prediction_in_their_columns(tmp_path, mak
     assert row < 0.5 * len(pixels)  # a large second one is up
 
 
+@pytest.mark.parametrize("letters", [4, 13, 60])
+def test_many_names_have_room_below_the_picture(tmp_path, make_segmentation, letters):
+    made = make_segmentation(names=tuple(f"{i:x>{letters}}" for i in range(30)))
+    made.reference[0, :, :, 4] = 1 + np.arange(24)[:, None]
+    save_preview(tmp_path, made)
+    pixels = imread(tmp_path / "preview.png")[..., :3]
+    assert pixels[-80:].max() > 0.8  # names
+    assert pixels[:, :4].max() < 0.05  # nothing is cut off
+    assert pixels[:, -4:].max() < 0.05
+
+
 def test_a_prediction_is_drawn_in_the_same_colours(tmp_path):
     image, labels = np.zeros((20, 20, 20), np.float32), np.zeros((20, 20, 20), np.uint8)
     labels[2:18, 2:10, 2:18], labels[2:18, 10:18, 2:18] = 1, 2
