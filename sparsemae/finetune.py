@@ -11,6 +11,7 @@ from rich.console import Console
 
 from sparsemae.checkpoint import has_checkpoints
 from sparsemae.config import load_config
+from sparsemae.errors import LoaderError, UserError
 from sparsemae.files import write_atomically
 from sparsemae.finetuning.config import FinetuneConfig
 from sparsemae.finetuning.objective import Segmentation
@@ -99,13 +100,19 @@ def finetune(
         ready = ranks.shared(prepare)
         if ready is None:
             return Outcome(run, 0, stop() or PREEMPTED)
+        try:
+            pretrained = read_pretrained(Path(ready.config.init)) if ready.begins else None
+            opened = LabelledStore.open(ready.store)
+            train, held_out = opened.only(ready.target.train), opened.only(ready.target.val)
+        except UserError as error:
+            if ranks.main:
+                raise
+            # rank 0 could: it is on another machine, and this is the one that has to say it
+            raise LoaderError(f"rank {ranks.rank}, unlike rank 0: {error}") from None
         network, _ = start_network(
-            *(ready.config, ready.plan, len(ready.target.classes)),
-            read_pretrained(Path(ready.config.init)) if ready.begins else None,
+            *(ready.config, ready.plan, len(ready.target.classes)), pretrained
         )
         network = network.to(ranks.device)
-        opened = LabelledStore.open(ready.store)
-        train, held_out = opened.only(ready.target.train), opened.only(ready.target.val)
         objective = Segmentation(
             *(ready.config, ready.plan, ready.target.classes, train, held_out, network, ranks)
         )

@@ -4,7 +4,7 @@ Source: nnunetv2 2.8.1, `DC_and_CE_loss` with `MemoryEfficientSoftDiceLoss`, and
 levels; here plus 1, so that it is never below 0. MONAI's DiceCELoss has no ignored label.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ def segmentation_loss(
     *,
     ignore: int | None = None,
     batch_dice: bool = False,
+    total_of: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Loss:
     """The loss of a batch; `weight` is its number of samples.
 
@@ -41,13 +42,16 @@ def segmentation_loss(
         labels: Class numbers; coarser levels are scored at the nearest voxels.
         ignore: The number of voxels that do not count.
         batch_dice: One Dice over all samples, not one each.
+        total_of: Sums a tensor over all ranks, whose samples that Dice is over, too.
     """
     count = len(labels)
     total = labels.new_zeros((), dtype=torch.float32)
     for weight, logits in zip(level_weights(len(outputs)), outputs, strict=True):
         if weight:
             target = _coarser(labels, logits.shape[2:])
-            total = total + weight * dice_ce(logits, target, ignore=ignore, batch_dice=batch_dice)
+            total = total + weight * dice_ce(
+                logits, target, ignore=ignore, batch_dice=batch_dice, total_of=total_of
+            )
     return Loss(total * count, float(count))
 
 
@@ -57,6 +61,7 @@ def dice_ce(
     *,
     ignore: int | None = None,
     batch_dice: bool = False,
+    total_of: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Float[Tensor, ""]:
     """1 minus mean soft Dice of the foreground classes, plus the mean cross-entropy; in fp32."""
     logits = logits.float()
@@ -69,7 +74,7 @@ def dice_ce(
     truth = F.one_hot(target, logits.shape[1]).movedim(-1, 1).flatten(2) * valid.flatten(1)[:, None]
     shared, predicted, true = (p * truth).sum(2), p.sum(2), truth.sum(2)  # [B, C]
     if batch_dice:
-        shared, predicted, true = (x.sum(0, keepdim=True) for x in (shared, predicted, true))
+        shared, predicted, true = total_of(torch.stack([shared, predicted, true]).sum(1))[:, None]
     dice = (2 * shared + _SMOOTH) / (predicted + true + _SMOOTH).clamp(min=1e-8)
     return 1 - dice[:, 1:].mean() + entropy.mean()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsemae.data.loader import Loader, check_parts
 from sparsemae.data.loading.prefetch import to_device_ahead
 from sparsemae.data.loading.samples import RawBatch
+from sparsemae.errors import UserError
 from sparsemae.finetuning.config import FinetuneConfig
 from sparsemae.finetuning.loss import segmentation_loss
 from sparsemae.models.resenc import ResEncUNet
@@ -37,7 +38,8 @@ class Segmentation:
     """Of a configuration, a plan, the cases of a fold and a network on the ranks' device.
 
     Raises:
-        UserError: The batch cannot be split as `train.accumulate` or the ranks ask.
+        UserError: The batch cannot be split as `train.accumulate` or the ranks ask, or not without
+            another loss.
     """
 
     def __init__(
@@ -70,7 +72,13 @@ class Segmentation:
         # the same for runs of any seed, so that they compare
         self._fixed = reader(held_out, 0, "none")
         self._shown = reader(held_out if len(held_out) else train, 0, "none", foreground=1.0)
-        check_parts(plan.batch_size, ranks.world_size, config.train.accumulate)
+        parts = config.train.accumulate
+        check_parts(plan.batch_size, ranks.world_size, parts)
+        if plan.batch_dice and parts > 1:
+            raise UserError(
+                f"train.accumulate {parts}: the plan has one Dice over a whole batch (batch_dice), "
+                f"which parts would change: set 1, with more ranks or a lower data.batch_size"
+            )
 
     def batches(self, start_step: int) -> Iterable[Batch]:
         """This rank's share of the batches from a step on."""
@@ -94,6 +102,7 @@ class Segmentation:
             batch["labels"],
             ignore=self.classes.ignore,
             batch_dice=self.plan.batch_dice,
+            total_of=self.ranks.total_of_parts,
         )
 
     def validate(self, model: ResEncUNet) -> float:

@@ -43,6 +43,10 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def total_of_parts(self, values: Tensor) -> Tensor:
+        """As `total`, for a part of a loss: gradients come from the losses of all ranks."""
+        return _Total.apply(values) if self.many else values
+
     def shared(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, on every rank. For small things, on the host.
 
@@ -74,6 +78,20 @@ class Ranks:
 
 
 _HOST = torch.device("cpu")
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 @contextlib.contextmanager
@@ -125,8 +143,12 @@ def lost_ranks_explained(ranks: Ranks) -> Iterator[None]:
         ) from error
 
 
-def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+def pick_device(
+    name: str, local_rank: int | None = None, *, key: str = "train.device"
+) -> torch.device:
     """`auto` is CUDA where there is one; a rank gets the GPU of its number on the machine.
+
+    `key` is what messages call the name's place.
 
     Raises:
         UserError: No such device here.
@@ -134,7 +156,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     count = torch.cuda.device_count()
     here = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
     if name not in ("auto", *here):
-        raise UserError(f"train.device {name}: not on this machine, choose auto, {', '.join(here)}")
+        raise UserError(f"{key} {name}: not on this machine, choose auto, {', '.join(here)}")
     kind = ("cuda" if count else "cpu") if name == "auto" else name
     if local_rank is None or kind == "cpu":
         return torch.device(kind)

@@ -58,10 +58,11 @@ def run_task(
         scale=LossScale.of(config.precision),
     )
     with Keeper(task, run, config, ranks, console) as keeper:
-        keeper.restore(state)
+        with lost_ranks_explained(ranks):
+            keeper.restore(state)
         try:
-            ranks.shared(lambda: keeper.open(state))
             with lost_ranks_explained(ranks):
+                ranks.shared(lambda: keeper.open(state))
                 finished = fit(
                     *(state, task.loss_of, task.batches(state.step), config),
                     ranks=ranks,

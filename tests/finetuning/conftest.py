@@ -28,13 +28,13 @@ def start(tmp_path_factory, sparsemae_now, labelled, small_plans):
 def varied(labelled, small_plans, start):
     """`varied(run, key=value)`: the words that start, or go on with, a run that varies a lot.
 
-    store: where prepared cases are kept; in the run if None.
+    store: where prepared cases are kept; in the run if None. plans: another plans.json.
     """
 
-    def words(run, *, store=None, **changes):
+    def words(run, *, store=None, plans=small_plans, **changes):
         values = VARIED | {key.replace("__", "."): value for key, value in changes.items()}
         sets = [f"--set={k}={str(v).lower()}" for k, v in values.items()]
-        sets.append(f"--set=plan.file={json.dumps(str(small_plans))}")
+        sets.append(f"--set=plan.file={json.dumps(str(plans))}")
         kept = [] if store is None else ["--store", store]
         return ["finetune", labelled, "-o", run, "--init", start, *kept, "--resume", *sets]
 
