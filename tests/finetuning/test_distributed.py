@@ -53,6 +53,8 @@ def assert_alike(run, other):
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=0)
+    average = last.ema()
+    assert not all(torch.equal(tensor, average[name]) for name, tensor in last.model().items())
 
 
 def lines(run):
