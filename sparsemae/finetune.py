@@ -3,36 +3,35 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from sparsemae.checkpoint import has_checkpoints
-from sparsemae.config import load_config
+from sparsemae.checkpoint import has_checkpoints, load_checkpoint
 from sparsemae.errors import LoaderError, UserError
 from sparsemae.files import write_atomically
 from sparsemae.finetuning.config import FinetuneConfig
-from sparsemae.finetuning.objective import Segmentation
+from sparsemae.finetuning.objective import Segmentation, check_batch
 from sparsemae.finetuning.planning import make_plan
-from sparsemae.finetuning.runs import FinetunedRun, load_finetuned, read_plan
+from sparsemae.finetuning.runs import FinetunedRun, keep_task, kept_store, load_finetuned, read_plan
 from sparsemae.finetuning.runs import Task as Target
 from sparsemae.kinds import VALIDATION_DICE
 from sparsemae.live import say
 from sparsemae.models.resenc import ResEncUNet
 from sparsemae.planning.plan import Plan, build_network
-from sparsemae.runfiles import CHECKPOINTS, CONFIG, PLAN, STORE, TASK
-from sparsemae.segmentation.dataset import read_dataset
+from sparsemae.runfiles import CHECKPOINTS, CONFIG, PLAN, STORE
+from sparsemae.segmentation.dataset import Dataset, read_dataset
 from sparsemae.segmentation.making import prepare_store
-from sparsemae.segmentation.splits import Split, make_split
+from sparsemae.segmentation.splits import make_split
 from sparsemae.segmentation.store import LabelledStore
 from sparsemae.signals import PREEMPTED
-from sparsemae.training.folder import claimed, config_file, versions
+from sparsemae.training.folder import claimed, versions
 from sparsemae.training.logs import require_tensorboard
 from sparsemae.training.options import check_precision
-from sparsemae.training.ranks import join_ranks
-from sparsemae.training.resuming import resumable, settle
+from sparsemae.training.ranks import Ranks, join_ranks
+from sparsemae.training.resuming import read_config, settle
 from sparsemae.training.run import Outcome, run_task
 from sparsemae.training.task import Task
 from sparsemae.transfer.copying import transfer
@@ -62,6 +61,7 @@ def finetune(
     workers: int = 1,
     overrides: Sequence[str] = (),
     resume: bool = False,
+    prepare_only: bool = False,
     console: Console | None = None,
     stop: Callable[[], int] = lambda: 0,
 ) -> Outcome:
@@ -77,6 +77,7 @@ def finetune(
         workers: Processes that prepare.
         overrides: `key=value` for what is read from `run/config.toml`: such keys.
         resume: Go on in `run`; a folder without a run gets a new one.
+        prepare_only: End before the first step; the outcome's checkpoint is the store then.
         stop: Asked in every step for an exit code to stop with; 0 to go on.
 
     Raises:
@@ -84,7 +85,7 @@ def finetune(
         OSError: The run folder cannot be written.
         DivergedError, LoaderError, OutOfMemoryError: The run has failed; its folder says so.
     """
-    first = config or load_config(FinetuneConfig, config_file(run), resumable(overrides))
+    first = config or read_config(FinetuneConfig, run, overrides)
     timeout = max(3600.0, 2 * first.data.timeout)  # the others wait while rank 0 prepares
     with join_ranks(first.train.device, timeout=timeout) as ranks, ExitStack() as stack:
         shown = (console or Console()) if ranks.main else Console(quiet=True)
@@ -95,11 +96,14 @@ def finetune(
         def prepare() -> _Ready | None:
             settled = settle(FinetuneConfig, run, config, overrides, resume=resume)
             stack.enter_context(claimed(run, resume=resume))
-            return _prepared(dataset, run, settled, store or run / STORE, workers, shown, stop)
+            options = {"store": store, "workers": workers, "ranks": ranks}
+            return _prepared(dataset, run, settled, console=shown, stop=stop, **options)
 
         ready = ranks.shared(prepare)
         if ready is None:
             return Outcome(run, 0, stop() or PREEMPTED)
+        if prepare_only:
+            return Outcome(ready.store, 0, 0)
         try:
             pretrained = read_pretrained(Path(ready.config.init)) if ready.begins else None
             opened = LabelledStore.open(ready.store)
@@ -151,8 +155,10 @@ def _prepared(
     path: Path,
     run: Path,
     config: FinetuneConfig,
-    folder: Path,
+    *,
+    store: Path | None,
     workers: int,
+    ranks: Ranks,
     console: Console,
     stop: Callable[[], int],
 ) -> _Ready | None:
@@ -162,7 +168,8 @@ def _prepared(
         return stop() > 0
 
     dataset = read_dataset(path)
-    split = make_split(dataset, config.fold, None if config.splits is None else Path(config.splits))
+    target = _target(run, dataset, config)
+    folder = store or kept_store(run) or run / STORE
     pretrained = None
     begins = config.pretrained and not has_checkpoints(run / CHECKPOINTS)
     if begins:
@@ -180,37 +187,53 @@ def _prepared(
         )
         if plan is None:
             return None
-        say(console, _told(plan, split))
+        say(console, _told(plan, target))
+    check_batch(config, plan, ranks.world_size)
     _, table = start_network(config, plan, len(dataset.classes), pretrained)
     if table is not None:  # before the long work: it may be that nothing fits
         console.print(table.table())
         say(console, table.summary())
-    store = prepare_store(
+    prepared = prepare_store(
         *(dataset, plan, folder),
         workers=0 if workers == 1 else workers,
         console=console,
         stopped=stopped,
     )
-    if store is None:
+    if prepared is None:
         return None
     text = json.dumps(plan.model_dump(mode="json"), indent=1)
     write_atomically(run / PLAN, text.encode())
-    target = Target(
-        *(dataset.name, str(dataset.path.resolve()), dataset.channels, dataset.classes),
-        *(split.train, split.val),
-    )
-    _keep_task(run, target, config, table)
-    return _Ready(config, plan, target, store.path, begins)
-
-
-def _keep_task(
-    run: Path, target: Target, config: FinetuneConfig, table: TransferTable | None
-) -> None:
-    """Write what is segmented and what the run begins with, for its page; kept when it goes on."""
-    if has_checkpoints(run / CHECKPOINTS) and (run / TASK).exists():
-        return
     start = {"init": config.init, "transfer": None if table is None else table.summary()}
-    write_atomically(run / TASK, json.dumps(target.as_dict() | start, indent=1).encode())
+    keep_task(run, target, start | {"prepared": str(folder.resolve())})
+    return _Ready(config, plan, target, prepared.path, begins)
+
+
+def _target(run: Path, dataset: Dataset, config: FinetuneConfig) -> Target:
+    """What a run segments: a new one as the fold says, one that goes on as it did before.
+
+    Raises:
+        UserError: The data set is not, or no longer, the run's.
+    """
+    place = str(dataset.path.resolve())
+    if not has_checkpoints(run / CHECKPOINTS):
+        splits = None if config.splits is None else Path(config.splits)
+        split = make_split(dataset, config.fold, splits)
+        named = (dataset.name, place, dataset.channels, dataset.classes)
+        return Target(*named, split.train, split.val)
+    before = Target.from_dict(load_checkpoint(run / CHECKPOINTS)[0].meta["task"])
+    for what in ("channels", "classes"):
+        if getattr(dataset, what) != getattr(before, what):
+            raise UserError(
+                f"{dataset.path}: other {what} than the run in {run} was started with; resume with "
+                f"its own data set ({before.path}), or start a new run"
+            )
+    known = {case.id for case in dataset.training}
+    if missing := [name for name in (*before.train, *before.val) if name not in known]:
+        raise UserError(
+            f"{dataset.path}: case {missing[0]} of the run in {run} is not in it; put it back, or "
+            f"start a new run"
+        )
+    return replace(before, path=place)
 
 
 def _task(
@@ -246,11 +269,11 @@ def _task(
     )
 
 
-def _told(plan: Plan, split: Split) -> str:
+def _told(plan: Plan, target: Target) -> str:
     size = " x ".join(map(str, plan.patch_size))
     mm = " x ".join(f"{s:.4g}" for s in plan.spacing)
     return (
         f"plan ({plan.planner}): {plan.batch_size} patches of {size} voxels of {mm} mm, "
-        f"{len(plan.features_per_stage)} stages; {len(split.train)} cases to train on, "
-        f"{len(set(split.val) - set(split.train))} held out"
+        f"{len(plan.features_per_stage)} stages; {len(target.train)} cases to train on, "
+        f"{len(set(target.val) - set(target.train))} held out"
     )

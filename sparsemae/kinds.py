@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsemae.runfiles import PLAN
+from sparsemae.runfiles import PLAN, TASK
 
 
 @dataclass(frozen=True)
@@ -42,4 +42,5 @@ FINETUNING = Kind("finetune", "DATASET", VALIDATION_DICE, "Segmentation")
 
 def kind_of(run: Path) -> Kind:
     """Of a run folder, whatever state its files are in."""
-    return FINETUNING if (run / PLAN).is_file() else PRETRAINING
+    marked = any((run / name).is_file() for name in (PLAN, TASK))
+    return FINETUNING if marked else PRETRAINING

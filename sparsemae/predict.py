@@ -1,7 +1,6 @@
 """Prediction: label maps of whole volumes, on the grid and with the header of the images."""
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from sparsemae.data.codes import VolumeError
 from sparsemae.data.read import Volume
-from sparsemae.errors import UserError
-from sparsemae.files import TEMPORARY, write_atomically
-from sparsemae.live import LiveLine
+from sparsemae.errors import OutOfMemoryError, UserError
+from sparsemae.files import TEMPORARY
+from sparsemae.live import LiveLine, say
 from sparsemae.models.resenc import ResEncUNet
 from sparsemae.predicting.ensemble import Ensemble, load_ensemble
 from sparsemae.predicting.inputs import find_cases
 from sparsemae.predicting.labels import Sink, to_labels
 from sparsemae.predicting.overlay import draw_overlay
 from sparsemae.predicting.placement import place
+from sparsemae.predicting.record import LABELS, OVERLAY, PROBABILITIES, Record
 from sparsemae.predicting.stream import MIRROR_AXES, STEP, predict_logits
 from sparsemae.predicting.write import label_dtype, write_like
 from sparsemae.segmentation.dataset import SegCase, read_dataset
@@ -30,10 +31,6 @@ from sparsemae.segmentation.reading import read_channels
 from sparsemae.training.ranks import pick_device
 
 __all__ = ["Predictions", "predict"]
-
-RECORD = "predict.json"
-PROBABILITIES, OVERLAY = "_probabilities.nii.gz", ".png"
-_FORMAT = 1
 
 
 @dataclass
@@ -91,20 +88,23 @@ def predict(
     console = console or Console(quiet=True)
     ensemble = load_ensemble(runs, best=best)
     cases = _cases(ensemble, source, validation=validation)
-    chosen = pick_device(device)
+    chosen = pick_device(device, key="--device")
+    summing = chosen if sums_on is None else pick_device(sums_on, key="--sums-on")
+    for line in ensemble.told():
+        say(console, line)
     if precision is None:
         precision = ensemble.runs[0].config.train.precision if chosen.type == "cuda" else "fp32"
     options = {"step": step, "mirror": mirror, "precision": precision}
-    _claim(output, _record(ensemble, options), overwrite=overwrite)
+    record = Record.claim(output, _facts(ensemble, options), overwrite=overwrite)
     work = _Work(
         ensemble=ensemble,
         networks=[run.network.to(chosen) for run in ensemble.runs],
-        output=output,
+        record=record,
         windows={
             "step": step,
             "mirror_axes": MIRROR_AXES if mirror else (),
             "device": chosen,
-            "sums_on": sums_on,
+            "sums_on": summing,
             "precision": precision,
         },
         probabilities=probabilities,
@@ -125,9 +125,15 @@ def predict(
             def on_window(now: int, total: int, number: int = number, begun: str = begun) -> None:
                 text = f"window {now} of {total}"
                 line.update(number, len(cases), text, f"{begun}: {text}")
+                if stopped():
+                    raise _StoppedError
 
             try:
-                work.predict(case, on_window)
+                with _memory_explained(case):
+                    work.predict(case, on_window)
+            except _StoppedError:
+                done.stopped = True
+                break
             except VolumeError as error:
                 done.failures[case.id] = str(error)
                 line.say(f"{case.id}: left out: {error}")
@@ -145,20 +151,20 @@ class _Work:
 
     ensemble: Ensemble
     networks: list[ResEncUNet]
-    output: Path
+    record: Record
     windows: dict[str, Any]  # of `predict_logits`
     probabilities: bool
     overlay: bool
 
     def labels_of(self, case: SegCase) -> Path:
-        return self.output / f"{case.id}.nii.gz"
+        return self._beside(case, LABELS)
 
     def is_done(self, case: SegCase) -> bool:
         """Whether all that is wanted of it is there."""
         files = [self.labels_of(case)]
         files += [self._beside(case, PROBABILITIES)] * self.probabilities
         files += [self._beside(case, OVERLAY)] * self.overlay
-        return all(path.is_file() for path in files)
+        return self.record.holds(case) and all(path.is_file() for path in files)
 
     def predict(self, case: SegCase, on_window: Callable[[int, int], None]) -> None:
         """Write what is wanted of a case, its label map last; `VolumeError` if it is unfit."""
@@ -179,9 +185,10 @@ class _Work:
             path = self._beside(case, OVERLAY)
             draw_overlay(first.array, labels, first.spacing, classes.names, path)
         write_like(self.labels_of(case), labels, first.native, label_dtype(len(classes)))
+        self.record.add(case)
 
     def _beside(self, case: SegCase, ending: str) -> Path:
-        return self.output / f"{case.id}{ending}"
+        return self.record.folder / f"{case.id}{ending}"
 
 
 def _cases(ensemble: Ensemble, source: Path | None, *, validation: bool) -> list[SegCase]:
@@ -201,9 +208,8 @@ def _cases(ensemble: Ensemble, source: Path | None, *, validation: bool) -> list
     return [known[name] for name in task.val]
 
 
-def _record(ensemble: Ensemble, options: dict[str, Any]) -> dict[str, Any]:
+def _facts(ensemble: Ensemble, options: dict[str, Any]) -> dict[str, Any]:
     return {
-        "format": _FORMAT,
         "weights": ensemble.facts(),
         "options": options,
         "channels": list(ensemble.task.channels),
@@ -211,26 +217,19 @@ def _record(ensemble: Ensemble, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _claim(output: Path, record: dict[str, Any], *, overwrite: bool) -> None:
-    """Make the folder, or see that what is in it was made by the same weights and options."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"-o {output}: a file; choose another -o")
-    if output.is_dir() and any(output.iterdir()):
-        try:
-            before = json.loads((output / RECORD).read_text())
-        except (OSError, ValueError):
-            raise UserError(
-                f"-o {output}: holds files that are no predictions; choose another -o"
-            ) from None
-        if before != record and not overwrite:
-            raise UserError(
-                f"-o {output}: holds predictions by other weights or options; choose another -o, "
-                f"or --overwrite to replace them"
-            )
-        for path in output.glob("*.nii.gz") if overwrite else ():
-            path.unlink()
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / RECORD, json.dumps(record, indent=1).encode())
+class _StoppedError(Exception):
+    """A stop was asked for in the middle of a case."""
+
+
+@contextlib.contextmanager
+def _memory_explained(case: SegCase) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"{case.id}: the GPU's memory is full: sum up on the host with --sums-on cpu, or "
+            f"predict with fewer runs at a time"
+        ) from error
 
 
 @contextlib.contextmanager

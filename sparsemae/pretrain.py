@@ -11,15 +11,16 @@ from sparsemae.checkpoint import Checkpoint, load_best_checkpoint, load_checkpoi
 from sparsemae.config import load_config
 from sparsemae.data.store import Store
 from sparsemae.errors import UserError
+from sparsemae.kinds import FINETUNING, kind_of
 from sparsemae.models.mae import SparseMAE
 from sparsemae.pretraining.config import PretrainConfig, build_mae
 from sparsemae.pretraining.objective import Objective
-from sparsemae.runfiles import CHECKPOINTS, PLAN
+from sparsemae.runfiles import CHECKPOINTS
 from sparsemae.training.folder import claimed, config_file, versions
 from sparsemae.training.logs import require_tensorboard
 from sparsemae.training.options import check_precision
 from sparsemae.training.ranks import join_ranks
-from sparsemae.training.resuming import resumable, settle
+from sparsemae.training.resuming import read_config, settle
 from sparsemae.training.run import Outcome, run_task
 from sparsemae.training.task import Task
 
@@ -61,7 +62,7 @@ def pretrain(
         DivergedError, LoaderError, OutOfMemoryError: The run has failed; its folder says so.
     """
     # the device alone is needed of it: what else counts is read by rank 0, before anything changes
-    first = config or load_config(PretrainConfig, config_file(run), resumable(overrides))
+    first = config or read_config(PretrainConfig, run, overrides)
     timeout = max(600.0, 2 * first.data.timeout)
     with join_ranks(first.train.device, timeout=timeout) as ranks, ExitStack() as stack:
         shown = (console or Console()) if ranks.main else Console(quiet=True)
@@ -97,7 +98,7 @@ def load_run(run: Path, *, best: bool = False, averaged: bool = True) -> Run:
         UserError: No run there, or no whole checkpoint in it.
     """
     path = config_file(run)
-    if (run / PLAN).is_file():
+    if kind_of(run) == FINETUNING:
         raise UserError(f"{run}: a fine-tuning run, which segments; name a run of pre-training")
     config = load_config(PretrainConfig, path)
     mae = build_mae(config)

@@ -15,7 +15,7 @@ from sparsemae.config import apply_overrides, build_config
 from sparsemae.errors import UserError
 from sparsemae.finetune import FinetuneConfig, finetune, load_finetuned, start_network
 from sparsemae.finetuning.runs import read_plan
-from sparsemae.pretrain import load_run
+from sparsemae.pretrain import load_run, pretrain
 from sparsemae.transfer.pretrained import read_pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +96,59 @@ def test_a_resumed_run_keeps_its_plan_and_data(labelled, tmp_path, config, draw_
     (run / "plan.json").write_text("{")
     with pytest.raises(UserError, match=r"plan\.json: not valid JSON"):
         finetune(labelled, run, None, resume=True)
+
+
+def test_a_resumed_run_keeps_its_cases_start_and_plan(tmp_path, config, draw_labelled, small_plans):
+    """More cases, a splits file that is gone, another start or plan: the run is what it was."""
+    folder, run = draw_labelled(tmp_path / "Dataset001_Grows", 4), tmp_path / "run"
+    splits = tmp_path / "splits.json"
+    splits.write_text(json.dumps([{"train": ["case_0", "case_3"], "val": ["case_1"]}]))
+    stores = tmp_path / "stores"
+    asked = config(f"splits={json.dumps(str(splits))}")
+    finetune(folder, run, asked, store=stores)
+    splits.unlink()
+    for part, name in (("imagesTr", "case_{}_0000.nii.gz"), ("labelsTr", "case_{}.nii.gz")):
+        shutil.copy(folder / part / name.format(1), folder / part / name.format(9))
+    finetune(folder, run, None, overrides=["train.steps=8"], resume=True)
+    task = load_finetuned(run).task
+    assert (task.train, task.val) == (("case_0", "case_3"), ("case_1",))
+    assert not (run / "store").exists()  # it still knows where its cases lie
+    # given again, as by a scheduler, the configuration may be longer, too
+    again = config(f"splits={json.dumps(str(splits))}", "train.steps=10")
+    assert finetune(folder, run, again, resume=True).step == 10
+    with pytest.raises(UserError, match="started from none"):
+        finetune(folder, run, config("init=other"), resume=True)
+    other = config("train.steps=10").model_copy(
+        update={"plan": config().plan.model_copy(update={"file": "other.json"})}
+    )
+    with pytest.raises(UserError, match="keeps its plan"):
+        finetune(folder, run, other, resume=True)
+    with pytest.raises(UserError, match=r"did you mean train\.steps"):
+        finetune(folder, run, None, overrides=["train.step=9"], resume=True)
+    (folder / "labelsTr" / "case_3.nii.gz").unlink()
+    (folder / "imagesTr" / "case_3_0000.nii.gz").unlink()
+    with pytest.raises(UserError, match="case case_3 of the run"):
+        finetune(folder, run, None, resume=True)
+    two = draw_labelled(tmp_path / "Dataset002_Two", 4, channels=2)
+    with pytest.raises(UserError, match="other channels than the run"):
+        finetune(two, run, None, resume=True)
+    assert not (run / "store").exists()
+
+
+def test_it_can_be_prepared_beforehand(labelled, tmp_path, config):
+    run = tmp_path / "run"
+    outcome = finetune(labelled, run, config(), prepare_only=True)
+    assert (outcome.step, outcome.exit_code) == (0, 0)
+    before = {p: p.stat().st_mtime_ns for p in outcome.checkpoint.rglob("*.b2nd")}
+    assert len(before) == 12
+    assert finetune(labelled, run, config()).step == 6
+    assert {p: p.stat().st_mtime_ns for p in outcome.checkpoint.rglob("*.b2nd")} == before
+
+
+def test_a_batch_that_cannot_be_split_is_refused_before_the_work(labelled, tmp_path, config):
+    with pytest.raises(UserError, match=r"train\.accumulate 3"):
+        finetune(labelled, tmp_path / "run", config("train.accumulate=3"))
+    assert not (tmp_path / "run" / "store").exists()
 
 
 def test_runs_share_prepared_cases(labelled, tmp_path, config):
@@ -221,11 +274,15 @@ def test_useless_weights_are_refused_before_anything_is_prepared(
     finetune(labelled, tmp_path / "run", config("train.steps=2"))  # the folder is still free
 
 
-def test_runs_of_one_kind_are_not_taken_for_the_other(finetuned, pretrained):
+def test_runs_of_one_kind_are_not_taken_for_the_other(finetuned, pretrained, labelled, store):
     with pytest.raises(UserError, match=r"run of pre-training.*sparsemae finetune"):
         load_finetuned(pretrained)
     with pytest.raises(UserError, match="fine-tuning run"):
         load_run(finetuned)
+    with pytest.raises(UserError, match="holds a run of `sparsemae pretrain`"):
+        finetune(labelled, pretrained, None, resume=True)
+    with pytest.raises(UserError, match="holds a run of `sparsemae finetune`"):
+        pretrain(store, finetuned, None, resume=True)
 
 
 def spoil_label(folder, change):

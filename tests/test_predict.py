@@ -3,18 +3,21 @@
 import json
 import os
 import shutil
+from io import StringIO
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from sparsemae.config import build_config
 from sparsemae.data.read import read_labels, read_volume
 from sparsemae.errors import UserError
 from sparsemae.finetune import FinetuneConfig, finetune, load_finetuned
 from sparsemae.finetuning.runs import FinetunedRun
-from sparsemae.predict import RECORD, predict
+from sparsemae.predict import predict
+from sparsemae.predicting.record import RECORD
 from sparsemae.segmentation.prepare import prepare_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,9 +154,8 @@ def test_probabilities_belong_to_the_labels(finetuned, labelled, tmp_path):
 
 def test_run_again_it_makes_what_is_missing(finetuned, labelled, tmp_path):
     images, out = labelled / "imagesTr", tmp_path / "out"
-    asked = []
     part = predict(
-        [finetuned], images, out, stopped=lambda: asked.append(1) or len(asked) > 2, **QUICK
+        [finetuned], images, out, stopped=lambda: len(list(out.glob("*.nii.gz"))) == 2, **QUICK
     )
     assert part.stopped
     assert len(part.written) == 2
@@ -162,6 +164,52 @@ def test_run_again_it_makes_what_is_missing(finetuned, labelled, tmp_path):
     assert [p.name for p in rest.kept] == sorted(before)
     assert [p.name for p in rest.written] == ["case_2.nii.gz", "case_3.nii.gz"]
     assert all((out / name).stat().st_mtime_ns == t for name, t in before.items())
+
+
+def test_another_image_of_the_same_name_is_predicted_anew(finetuned, labelled, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    source, other = (labelled / "imagesTr" / f"case_{i}_0000.nii.gz" for i in (0, 1))
+    shutil.copy(source, folder / "scan.nii.gz")
+    predict([finetuned], folder, out, **QUICK)
+    before = array_of(out / "scan.nii.gz")
+    shutil.copy(other, folder / "scan.nii.gz")
+    done = predict([finetuned], folder, out, **QUICK)
+    assert [p.name for p in done.written] == ["scan.nii.gz"]
+    assert not np.array_equal(array_of(out / "scan.nii.gz"), before)
+    assert predict([finetuned], folder, out, **QUICK).kept
+
+
+def test_overwriting_leaves_what_it_did_not_make(finetuned, labelled, tmp_path):
+    images, out = labelled / "imagesTr", tmp_path / "out"
+    predict([finetuned], images / "case_0_0000.nii.gz", out, overlay=True, **QUICK)
+    (out / "my_correction.nii.gz").write_bytes(b"hours of work")
+    predict([finetuned], images / "case_1_0000.nii.gz", out, overwrite=True, **QUICK)
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["case_1.nii.gz", "my_correction.nii.gz", RECORD]
+
+
+def test_a_folder_of_runs_that_are_no_folds_is_refused(finetuned, labelled, tmp_path, small_plans):
+    image = labelled / "imagesTr" / "case_0_0000.nii.gz"
+    for name in ("first", "second"):
+        shutil.copytree(finetuned, tmp_path / "runs" / name)
+    with pytest.raises(UserError, match=r"hold out the same cases.*--also"):
+        predict([tmp_path / "runs"], image, tmp_path / "out", **QUICK)
+    both = [tmp_path / "runs" / name for name in ("first", "second")]
+    text = StringIO()
+    predict(both, image, tmp_path / "out", console=Console(file=text, width=200), **QUICK)
+    assert text.getvalue().count("step 80 of 80, fold 0 of Dataset009_Eggs") == 2
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    moved = [tmp_path / "moved" / name for name in ("first", "second")]
+    assert predict(moved, image, tmp_path / "out", **QUICK).kept
+
+
+@pytest.mark.parametrize("option", ["device", "sums_on"])
+def test_an_unknown_device_is_named_by_its_option(finetuned, labelled, tmp_path, option):
+    image = labelled / "imagesTr" / "case_0_0000.nii.gz"
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} gpu: not on this machine"):
+        predict([finetuned], image, tmp_path / "out", **{option: "gpu"})
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_predictions_are_not_mixed_in(finetuned, labelled, tmp_path):

@@ -35,6 +35,9 @@ def finetune(
         typer.Option(metavar="FOLDER", help="For prepared cases, shared by runs; RUN/store."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that prepare cases.")] = 1,
+    prepare_only: Annotated[
+        bool, typer.Option("--prepare-only", help="Plan and prepare, and train another time.")
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Continue the run in RUN; start it if --init is given."),
@@ -49,15 +52,15 @@ def finetune(
         from sparsemae.finetune import finetune as train
 
         loaded, overrides = None, list(overrides or [])
+        if fold is not None:
+            overrides.append(f"fold={fold}")
         if not resume or init is not None or config is not None:
-            if init is None and not any(item.startswith("init=") for item in overrides):
-                raise UserError("--init: give the weights to start from, or none for none")
             if init is not None:
                 overrides.append(f"init={quoted(init)}")
-            if fold is not None:
-                overrides.append(f"fold={fold}")
             recipe = config or ("scratch" if init == "none" else "finetune")
             loaded = load_config(FinetuneConfig, recipe, overrides)
+            if "init" not in loaded.model_fields_set:
+                raise UserError("--init: give the weights to start from, or none for none")
         outcome = until_interrupted(
             lambda: train(
                 *(dataset, run, loaded),
@@ -65,6 +68,7 @@ def finetune(
                 workers=workers,
                 overrides=overrides,
                 resume=resume,
+                prepare_only=prepare_only,
                 stop=stop,
             )
         )

@@ -23,7 +23,7 @@ def status(
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
 ) -> None:
-    """Rebuild RUN/report.html: curves, reconstructions, configuration."""
+    """Rebuild RUN/report.html: curves, pictures, configuration."""
     from sparsemae.report import write_run_report
 
     say(f"{write_run_report(run)}")

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from sparsemae.config import Size, Strict
 from sparsemae.data.loading.affine import AugmentConfig, Probability
 from sparsemae.errors import UserError
+from sparsemae.kinds import FINETUNING
 from sparsemae.planning.plan import Spacing
 from sparsemae.segmentation.library import has_library
 from sparsemae.segmentation.samples import LIBRARY, PLAIN
@@ -48,6 +49,7 @@ class FinetuneConfig(Strict):
     """Everything that defines a fine-tuning run but the data set."""
 
     recipes: ClassVar[str] = "finetuning"
+    command: ClassVar[str] = FINETUNING.command
 
     seed: NonNegativeInt = 0
     init: str = NONE  # the weights to start from
@@ -100,11 +102,33 @@ class FinetuneConfig(Strict):
         data = self.data.model_copy(update={"augmentation": _augmentation(self.data.augmentation)})
         return self.model_copy(update={"schedule": schedule, "data": data, "train": train})
 
+    def going_on(self, before: "FinetuneConfig") -> "FinetuneConfig":
+        """This, given again to resume a run of `before`; what it leaves open is the run's.
+
+        Raises:
+            UserError: It asks for another start or plan than the run has.
+        """
+        if self.init != before.init:
+            raise UserError(
+                f"--init {self.init}: the run started from {before.init} and goes on from its own "
+                f"checkpoints; leave --init out, or start a new run in another folder"
+            )
+        if self.plan not in (before.plan, PlanConfig()):
+            raise UserError(
+                "plan: a resumed run keeps its plan; leave these keys out, or start a new run"
+            )
+        update = {"plan": before.plan, "splits": before.splits}
+        if "warmup" not in self.train.model_fields_set:
+            update["train"] = self.train.model_copy(update={"warmup": before.train.warmup})
+            update["train"].model_fields_set.add("warmup")
+        return self.model_copy(update=update)
+
     def defining(self) -> dict[str, Any]:
         """What a resumed run must have in common with this one, as plain data."""
         values = self.resolved().model_dump(mode="json")
         del values["plan"]  # the plan itself counts
         del values["init"]  # it has been taken in; the file may have moved
+        del values["splits"]  # so have the cases of the fold
         return without(values, RESUMABLE)
 
 

@@ -35,12 +35,7 @@ PREVIEWED = 3  # patches in the report, of as many cases if there are
 
 
 class Segmentation:
-    """Of a configuration, a plan, the cases of a fold and a network on the ranks' device.
-
-    Raises:
-        UserError: The batch cannot be split as `train.accumulate` or the ranks ask, or not without
-            another loss.
-    """
+    """Of a configuration, a plan, the cases of a fold and a network on the ranks' device."""
 
     def __init__(
         self,
@@ -72,13 +67,6 @@ class Segmentation:
         # the same for runs of any seed, so that they compare
         self._fixed = reader(held_out, 0, "none")
         self._shown = reader(held_out if len(held_out) else train, 0, "none", foreground=1.0)
-        parts = config.train.accumulate
-        check_parts(plan.batch_size, ranks.world_size, parts)
-        if plan.batch_dice and parts > 1:
-            raise UserError(
-                f"train.accumulate {parts}: the plan has one Dice over a whole batch (batch_dice), "
-                f"which parts would change: set 1, with more ranks or a lower data.batch_size"
-            )
 
     def batches(self, start_step: int) -> Iterable[Batch]:
         """This rank's share of the batches from a step on."""
@@ -143,6 +131,21 @@ class Segmentation:
         """Patch i of a reader, as a batch of one on the device."""
         raw = RawBatch(self.plan.patch_size, (reader(i),))
         return assemble(raw.map(lambda a: torch.from_numpy(a).to(self.ranks.device)))
+
+
+def check_batch(config: FinetuneConfig, plan: Plan, world_size: int) -> None:
+    """Refuse a batch that cannot be split as `train.accumulate` and the ranks ask.
+
+    Raises:
+        UserError: It does not divide, or not without another loss.
+    """
+    parts = config.train.accumulate
+    check_parts(plan.batch_size, world_size, parts)
+    if plan.batch_dice and parts > 1:
+        raise UserError(
+            f"train.accumulate {parts}: the plan has one Dice over a whole batch (batch_dice), "
+            f"which parts would change: set 1, with more ranks or a lower data.batch_size"
+        )
 
 
 def overlap(predicted: Tensor, labels: Tensor, classes: Classes) -> Float[Tensor, "3 C"]:

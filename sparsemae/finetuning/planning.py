@@ -7,17 +7,18 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
-from sparsemae.data.making.case import stamp_of_file
 from sparsemae.errors import UserError
 from sparsemae.files import write_atomically
 from sparsemae.finetuning.config import FinetuneConfig
 from sparsemae.live import say
+from sparsemae.models.masking import nearest_multiples
 from sparsemae.planning.fingerprint import Fingerprint, take_fingerprint
 from sparsemae.planning.like_pretrained import Reference, plan_like_pretrained
 from sparsemae.planning.nnunet_plans import read_plans
 from sparsemae.planning.plan import Plan
 from sparsemae.planning.planner import plan_nnunet
-from sparsemae.segmentation.dataset import Dataset, SegCase
+from sparsemae.segmentation.dataset import Dataset
+from sparsemae.segmentation.making import stamp_of_case
 from sparsemae.transfer.pretrained import Pretrained, read_pretrained
 
 FINGERPRINT = "fingerprint.json"
@@ -81,8 +82,9 @@ def make_plan(
 def _from_file(config: FinetuneConfig, dataset: Dataset) -> Plan:
     path = Path(config.plan.file)
     plans = read_plans(path, dataset.path / "dataset.json", config.plan.configuration)
-    if config.plan.spacing is not None:
-        raise UserError("plan.spacing: plan.file decides the spacing; leave one of them out")
+    asked = config.plan.model_dump(exclude_defaults=True).keys() - {"file", "configuration"}
+    if asked:
+        raise UserError(f"plan.{sorted(asked)[0]}: plan.file decides that; leave one of them out")
     update = {
         key: value
         for key in ("patch_size", "batch_size")
@@ -91,9 +93,10 @@ def _from_file(config: FinetuneConfig, dataset: Dataset) -> Plan:
     plan = plans.plan.model_copy(update=update)
     total = plan.topology.total_stride
     if any(p % t for p, t in zip(plan.patch_size, total, strict=True)):
+        below, above = nearest_multiples(plan.patch_size, total)
         raise UserError(
             f"data.patch_size {plan.patch_size} does not divide by the total stride {total} of the "
-            f"network in {path}"
+            f"network in {path}: the nearest valid sizes are {below} and {above}"
         )
     return plan
 
@@ -103,7 +106,7 @@ def _fingerprint(
 ) -> Fingerprint | None:
     """As kept in `folder`, unless a file of the data set has changed since; None if stopped."""
     path = folder / f"{dataset.name}-{FINGERPRINT}"
-    stamps = {case.id: _stamp(case) for case in dataset.training}
+    stamps = {case.id: stamp_of_case(case) for case in dataset.training}
     classes = [list(dataset.classes.names), dataset.classes.ignore]
     try:
         kept = json.loads(path.read_text())
@@ -125,7 +128,3 @@ def _fingerprint(
     }
     write_atomically(path, json.dumps(found, indent=1).encode())
     return fingerprint
-
-
-def _stamp(case: SegCase) -> str:
-    return "+".join(map(stamp_of_file, (*case.images, case.label)))

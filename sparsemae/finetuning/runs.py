@@ -10,10 +10,12 @@ import torch
 from sparsemae.checkpoint import Checkpoint, load_best_checkpoint, load_checkpoint, load_model
 from sparsemae.config import build_config, load_config
 from sparsemae.errors import UserError
+from sparsemae.files import write_atomically
 from sparsemae.finetuning.config import FinetuneConfig
+from sparsemae.kinds import FINETUNING, kind_of
 from sparsemae.models.resenc import ResEncUNet
 from sparsemae.planning.plan import Plan, build_network
-from sparsemae.runfiles import CHECKPOINTS, PLAN
+from sparsemae.runfiles import CHECKPOINTS, PLAN, TASK
 from sparsemae.segmentation.dataset import Classes
 from sparsemae.training.folder import config_file
 
@@ -68,7 +70,7 @@ class FinetunedRun:
 
 def is_finetuning(run: Path) -> bool:
     """Whether the folder holds a fine-tuning run, not one of pre-training."""
-    return (run / PLAN).is_file()
+    return kind_of(run) == FINETUNING
 
 
 def read_plan(run: Path) -> Plan:
@@ -83,6 +85,28 @@ def read_plan(run: Path) -> Plan:
         return build_config(Plan, raw)
     except UserError as error:
         raise UserError(f"{run / PLAN}: {error}") from None
+
+
+def keep_task(run: Path, task: Task, start: dict[str, Any]) -> None:
+    """Write what a run segments, and what it began with, into its folder; that stays as it is."""
+    began = _kept(run)
+    start = {key: began.get(key) or value for key, value in start.items()}
+    write_atomically(run / TASK, json.dumps(task.as_dict() | start, indent=1).encode())
+
+
+def kept_store(run: Path) -> Path | None:
+    """Where the run's prepared cases lie, if that is known and there."""
+    path = _kept(run).get("prepared")
+    return Path(path) if isinstance(path, str) and Path(path).is_dir() else None
+
+
+def _kept(run: Path) -> dict[str, Any]:
+    """For people and for convenience: nothing is lost without it."""
+    try:
+        found = json.loads((run / TASK).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def load_finetuned(run: Path, *, best: bool = False, averaged: bool = True) -> FinetunedRun:

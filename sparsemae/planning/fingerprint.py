@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 from pydantic import Field, PositiveFloat
 from rich.console import Console
 
@@ -20,6 +20,7 @@ from sparsemae.errors import UserError
 from sparsemae.live import LiveLine
 from sparsemae.planning.plan import Intensities, Spacing
 from sparsemae.segmentation.dataset import Classes, Dataset, SegCase
+from sparsemae.segmentation.prepare import content_box
 from sparsemae.segmentation.reading import read_case
 
 NAMED = 5  # unfit cases whose message is in the error
@@ -136,7 +137,8 @@ def _examine(case: SegCase, classes: Classes) -> _Examined | str:
         volumes, labels = read_case(case, classes)
     except VolumeError as error:
         return str(error)
-    box = _box(np.logical_or.reduce([volume.array != 0 for volume in volumes]))
+    content = np.logical_or.reduce([volume.array != 0 for volume in volumes])
+    box = tuple(map(slice, *content_box(content)))
     inside = labels.array[box] > 0
     shape, whole = inside.shape, labels.array.size
     return _Examined(
@@ -148,15 +150,6 @@ def _examine(case: SegCase, classes: Classes) -> _Examined | str:
         ),
         tuple(_sample(volume.array[box][inside]) for volume in volumes) if inside.any() else (),
     )
-
-
-def _box(mask: Bool[np.ndarray, "D H W"]) -> tuple[slice, slice, slice]:
-    """The smallest that holds the mask; all where there is none."""
-    box = []
-    for axis in range(3):
-        found = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        box.append(slice(found[0], found[-1] + 1) if found.size else slice(None))
-    return tuple(box)
 
 
 def _sample(values: Float32[np.ndarray, "n"]) -> _Sample:

@@ -10,6 +10,8 @@ from sparsemae.data.read import SUFFIXES
 from sparsemae.errors import UserError
 from sparsemae.segmentation.dataset import SegCase
 
+_HALVES = (".img", ".img.gz")  # of a pair: read with its header
+
 
 def find_cases(source: Path, channels: tuple[str, ...]) -> list[SegCase]:
     """The cases of a folder by their ids, or the one that a file is.
@@ -35,18 +37,16 @@ def find_cases(source: Path, channels: tuple[str, ...]) -> list[SegCase]:
 
 def _is_volume(path: Path) -> bool:
     name = path.name.lower()
-    # the voxels of a pair are read with its header
     return name[0] != "." and name.endswith(tuple(SUFFIXES)) and not name.endswith(_HALVES)
-
-
-_HALVES = (".img", ".img.gz")
 
 
 def _grouped(files: list[Path], channels: tuple[str, ...]) -> dict[str, tuple[Path, ...]]:
     named = {path: split_channel(split_suffix(path.name)[0]) for path in files}
-    if len(channels) == 1 and any(number is None for _, number in named.values()):
-        # names of anybody's: all of it is the case's
-        named = {path: (split_suffix(path.name)[0], 0) for path in files}
+    if len(channels) == 1:  # without a channel's number, all of a name is the case's
+        numbered = {case for case, number in named.values() if number == 0}
+        for path, (case, number) in named.items():
+            if number is None or (number and case not in numbered):
+                named[path] = (split_suffix(path.name)[0], 0)
     found: dict[str, dict[int, Path]] = {}
     for path, (case, number) in named.items():
         if number is None or number >= len(channels):

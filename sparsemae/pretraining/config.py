@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, NonNegativeInt
@@ -11,6 +11,7 @@ from sparsemae.config import Size, Strict, floats, is_number
 from sparsemae.data.loader import DataConfig
 from sparsemae.errors import UserError
 from sparsemae.kernels import registry
+from sparsemae.kinds import PRETRAINING
 from sparsemae.models.mae import SparseMAE
 from sparsemae.models.masking import check_decode, check_grid, nearest_multiples
 from sparsemae.models.resenc import ResEncUNet
@@ -73,6 +74,8 @@ class PretrainDataConfig(DataConfig):
 class PretrainConfig(Strict):
     """Everything that defines a pre-training run but the data."""
 
+    command: ClassVar[str] = PRETRAINING.command
+
     seed: NonNegativeInt = 0
     backend: Annotated[str, _one_of("backend", ["auto", *registry.BACKENDS])] = "auto"
     decode: Literal["all", "masked"] | Annotated[float, Field(gt=0, lt=1)] = "all"
@@ -92,6 +95,10 @@ class PretrainConfig(Strict):
         return self.model_copy(
             update={"mask": self.mask.model_copy(update={"block_size": block_size})}
         )
+
+    def going_on(self, before: "PretrainConfig") -> "PretrainConfig":
+        """This, given again to resume a run of `before`; what it leaves open is the run's."""
+        return self
 
     def defining(self) -> dict[str, Any]:
         """What a resumed run must have in common with this one, as plain data."""

@@ -17,6 +17,7 @@ from sparsemae.data.finding.written import json_kind, read_json
 from sparsemae.errors import UserError
 
 LABELS, TEST = "labelsTr", "imagesTs"
+_LONGEST = 200  # bytes of a case's id: endings are added to it
 IGNORE = "ignore"  # the label of voxels that nobody knows the class of
 
 
@@ -115,6 +116,8 @@ def find_images(folder: Path, ending: str, channels: int) -> dict[str, tuple[Pat
     found: dict[str, dict[int, Path]] = {}
     for name in names:
         case, number = split_channel(name.removesuffix(ending))
+        if not _is_name(case):
+            raise UserError(one_line(f"{folder / name}: no name for a case; shorten it"))
         if number is None or number >= channels:
             what = f"CASE_0000 to CASE_{channels - 1:04}" if channels > 1 else "CASE_0000"
             raise UserError(
@@ -184,6 +187,10 @@ def _written_cases(root: Path, cases: Any, channels: int) -> dict[str, SegCase]:
                 root / DESCRIPTION,
                 f'{place}: write {{CASE: {{"images": [FILE, ...], "label": FILE}}}}',
             )
+        if not _is_name(case):
+            raise mistake(
+                root / DESCRIPTION, f"dataset.{case}: no name for files; give it another id"
+            )
         if len(images) != channels:
             raise mistake(
                 root / DESCRIPTION,
@@ -196,6 +203,12 @@ def _written_cases(root: Path, cases: Any, channels: int) -> dict[str, SegCase]:
     if not out:
         raise mistake(root / DESCRIPTION, "dataset: no cases")
     return out
+
+
+def _is_name(case: str) -> bool:
+    """Whether files of other folders can be called by it."""
+    odd = case in ("", ".", "..") or any(letter in case for letter in ("/", "\0"))
+    return not odd and len(os.fsencode(case)) <= _LONGEST
 
 
 def _require_labels(root: Path, cases: dict[str, SegCase]) -> None:

@@ -6,6 +6,7 @@ Run again it makes only what is missing, or was made of files that have changed 
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from sparsemae.data.codes import VolumeError, one_line
-from sparsemae.data.making.case import stamp_of_file
+from sparsemae.data.making.case import stamp_of_files
 from sparsemae.data.making.workers import Lost, run_jobs
 from sparsemae.errors import UserError
 from sparsemae.files import TEMPORARY, locked
@@ -38,6 +39,7 @@ from sparsemae.segmentation.store import (
 LOCK = ".lock"
 RULES = 1  # of preparing; raised when they change, so that no store of old ones is taken
 _WAIT = 2.0  # seconds between looks at whether another process is done
+_KEEP = 30.0  # seconds of work that a kill may cost
 _NAMED = 5  # bad cases in a message
 
 
@@ -75,15 +77,19 @@ def prepare_store(
         OSError: The folder cannot be written.
     """
     made = _made(plan, dataset.classes)
-    key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
-    store = folder / f"{dataset.name}-{key}"
-    store.mkdir(parents=True, exist_ok=True)
+    # two data sets of one name do not share it
+    key = hashlib.sha256(json.dumps([made, str(dataset.path.resolve())], sort_keys=True).encode())
+    store = folder / f"{dataset.name}-{key.hexdigest()[:8]}"
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder}: a file, or below one; choose another --store") from None
     console = console or Console(quiet=True)
     with _alone(store, console, stopped) as alone:
         if not alone:
             return None
         known = _known(store, made)
-        stamps = {case.id: _stamp(case) for case in dataset.training}
+        stamps = {case.id: stamp_of_case(case) for case in dataset.training}
         kept = {
             case.id: case
             for case in known
@@ -99,7 +105,10 @@ def prepare_store(
         for leftover in store.glob(f"*/*{TEMPORARY}"):
             leftover.unlink(missing_ok=True)
         failures = []
-        with LiveLine(console, "preparing", total=len(jobs)) as line:
+        with (
+            LiveLine(console, "preparing", total=len(jobs)) as line,
+            _kept(store, kept, made) as keep,
+        ):
             outcomes = run_jobs(_prepare, jobs, min(workers, len(jobs)), stopped=stopped)
             for done, (job, outcome) in enumerate(outcomes, start=1):
                 if isinstance(outcome, StoredCase):
@@ -109,8 +118,7 @@ def prepare_store(
                     failures.append(f"{job.case.id}: {reason}")
                 text = f"prepared {done} of {len(jobs)} cases"
                 line.update(done, len(jobs), job.case.id, text, last=done == len(jobs))
-        if kept:
-            write_index(store, list(kept.values()), made)
+                keep()
         if failures:
             raise UserError(_told(failures))
         return None if stopped() and len(kept) < len(stamps) else LabelledStore.open(store)
@@ -139,11 +147,31 @@ def _prepare(job: Job) -> StoredCase | str:
         ready = prepare_case(volumes, labels, job.plan)
     except VolumeError as error:
         return str(error)
-    seed = int.from_bytes(hashlib.sha256(job.case.id.encode()).digest()[:8], "big")
-    locations = find_locations(ready.labels, len(job.classes), seed)
+    seed = int.from_bytes(hashlib.sha256(os.fsencode(job.case.id)).digest()[:8], "big")
+    locations = find_locations(ready.labels, len(job.classes), seed, ignore=job.classes.ignore)
     return write_case(
         *(job.store, job.case.id, ready, locations), spacing=job.plan.spacing, stamp=job.stamp
     )
+
+
+@contextlib.contextmanager
+def _kept(
+    store: Path, cases: dict[str, StoredCase], made: dict[str, Any]
+) -> Iterator[Callable[[], None]]:
+    """Write the index now and then, when the function is called, and at the end whatever comes."""
+    last = time.monotonic()
+
+    def keep() -> None:
+        nonlocal last
+        if time.monotonic() - last > _KEEP:
+            write_index(store, list(cases.values()), made)
+            last = time.monotonic()
+
+    try:
+        yield keep
+    finally:
+        if cases:
+            write_index(store, list(cases.values()), made)
 
 
 @contextlib.contextmanager
@@ -180,9 +208,9 @@ def _known(store: Path, made: dict[str, Any]) -> tuple[StoredCase, ...]:
     return opened.cases if opened.made == made else ()
 
 
-def _stamp(case: SegCase) -> str:
-    files = (*case.images, *(() if case.label is None else (case.label,)))
-    return "+".join(map(stamp_of_file, files))
+def stamp_of_case(case: SegCase) -> str:
+    """Size and time of the files of a case."""
+    return stamp_of_files([*case.images, *(() if case.label is None else (case.label,))])
 
 
 def _told(failures: list[str]) -> str:

@@ -38,7 +38,7 @@ def assemble(batch: RawBatch) -> dict[str, Any]:
 def _copy(sample: LabelledSample, patch: Tensor, labels: Tensor) -> None:
     place, axes = place_of(sample.corner, sample.flips, sample.labels.shape, labels.shape)
     patch[(slice(None), *place)] = sample.voxels.flip([axis + 1 for axis in axes]).float()
-    labels[place] = sample.labels.flip(axes).long()
+    labels[place] = sample.labels.long().flip(axes)
 
 
 def _resample(sample: LabelledSample, patch: Tensor, labels: Tensor) -> None:

@@ -45,7 +45,7 @@ def prepare_case(volumes: Sequence[Volume], labels: Labels | None, plan: Plan) -
     """
     first = volumes[0]
     inside = np.logical_or.reduce([v.array != 0 for v in volumes])
-    start, stop = _box(inside)
+    start, stop = content_box(inside)
     box = tuple(map(slice, start, stop))
     # holes are part of it, as in nnU-Net
     inside = ndimage.binary_fill_holes(inside[box])
@@ -70,8 +70,8 @@ def prepare_case(volumes: Sequence[Volume], labels: Labels | None, plan: Plan) -
     return PreparedCase(array, classes, grid.affine(affine), start, stop, grid, thick)
 
 
-def _box(inside: Bool[np.ndarray, "D H W"]) -> tuple[Triple, Triple]:
-    """The smallest box around it; everything where there is nothing."""
+def content_box(inside: Bool[np.ndarray, "D H W"]) -> tuple[Triple, Triple]:
+    """Start and stop of the smallest box around it; of everything where there is nothing."""
     found = ndimage.find_objects(inside.astype(np.uint8))
     if not found:
         return (0, 0, 0), inside.shape

@@ -71,6 +71,7 @@ class LabelledReader:
         if foreground > 0:
             self.anywhere = min(self.anywhere, batch_size - 1)
         self.slices = slice_axis(patch_size)
+        self.ignores = store.made["ignore"] is not None
 
     def case_of(self, sample: int) -> StoredCase:
         """The case that a sample shows; every case once per epoch of as many samples as cases."""
@@ -92,9 +93,12 @@ class LabelledReader:
         room = np.subtract(case.shape, self.patch_size)
         least = np.where(room < 0, -(-room // 2), 0)
         most = np.where(room < 0, least, room)
-        if sample % self.batch_size >= self.anywhere and any(case.counts):
-            there = np.flatnonzero(case.counts)
-            number = int(there[int(random[3] * len(there))])
+        sure, known = sample % self.batch_size >= self.anywhere, self.ignores
+        there = np.flatnonzero(case.counts[: len(case.counts) - known])
+        if (sure and len(there)) or (known and case.counts[-1]):
+            number = len(case.counts) - 1  # of any class
+            if sure and len(there):
+                number = int(there[int(random[3] * len(there))])
             which = int(random[4] * case.counts[number])
             voxel = self.store.location(case, number + 1, which)
             return np.clip(voxel - np.floor_divide(self.patch_size, 2), least, most)

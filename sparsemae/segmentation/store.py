@@ -1,8 +1,9 @@
 """Prepared cases of a labelled data set on disk, made once for a plan and shared by its runs.
 
-`STORE/images/<id>_0000.b2nd` is a channel, `STORE/labels/<id>.b2nd` the classes, and
-`STORE/locations/<id>.b2nd` some voxels of each class. `STORE/index.json` is written last, and every
-chunk read is checked against its CRC-32 in it.
+`STORE/images/<id>-<stamp>_0000.b2nd` is a channel, `labels/<id>-<stamp>.b2nd` the classes, and
+`locations/<id>-<stamp>.b2nd` some voxels of each class. The stamp is of the files it was made of: a
+case that has changed gets new names, so a run that reads the old ones goes on. `STORE/index.json`
+says which count, and every chunk read is checked against its CRC-32 in it.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from sparsemae.files import sync_folder, write_atomically
 from sparsemae.segmentation.prepare import PreparedCase
 
 FORMAT, VERSION, INDEX = "sparsemae-labelled-store", 1, "index.json"
+_LARGEST_HALF = 60000.0  # above it voxels are stored as float32
 IMAGES, LABELS, LOCATIONS = "images", "labels", "locations"
 
 Triple = tuple[int, int, int]
@@ -38,7 +40,7 @@ class StoredCase:
     images: tuple[StoredFile, ...]  # of each channel
     labels: StoredFile
     locations: StoredFile | None  # None: background alone
-    counts: tuple[int, ...]  # locations of class 1, 2, ...
+    counts: tuple[int, ...]  # locations of class 1, 2, ..., and with an ignored label of any
     stamp: str  # of the files it was made of
 
     @property
@@ -95,7 +97,7 @@ class LabelledStore:
         return self._read(case.labels, start, stop)[0]
 
     def location(self, case: StoredCase, number: int, which: int) -> Int32[np.ndarray, "3"]:
-        """Voxel `which` of those kept of class `number`, from 1."""
+        """Voxel `which` of those kept of class `number`, from 1; see `find_locations`."""
         row = sum(case.counts[: number - 1]) + which
         return self._read(case.locations, (row, 0, 0), (row + 1, 3, 1))[0, 0, :, 0]
 
@@ -117,16 +119,17 @@ def write_case(
 ) -> StoredCase:
     """Compress a case into the store; it belongs to it once an index names it."""
     voxels, counts = locations
+    name_on_disk = f"{name}-{hashlib.sha256(stamp.encode()).hexdigest()[:8]}"
     dtype = np.float16 if np.abs(case.array).max() < _LARGEST_HALF else np.float32
     images = tuple(
-        write_array(store, f"{IMAGES}/{name}_{i:04}.b2nd", channel[None].astype(dtype))
+        write_array(store, f"{IMAGES}/{name_on_disk}_{i:04}.b2nd", channel[None].astype(dtype))
         for i, channel in enumerate(case.array)
     )
     small = np.uint8 if case.labels.max(initial=0) < 256 else np.uint16
-    labels = write_array(store, f"{LABELS}/{name}.b2nd", case.labels[None].astype(small))
+    labels = write_array(store, f"{LABELS}/{name_on_disk}.b2nd", case.labels[None].astype(small))
     where = None
     if len(voxels):
-        where = write_array(store, f"{LOCATIONS}/{name}.b2nd", voxels[None, ..., None])
+        where = write_array(store, f"{LOCATIONS}/{name_on_disk}.b2nd", voxels[None, ..., None])
     return StoredCase(
         id=name,
         shape=case.labels.shape,
@@ -138,9 +141,6 @@ def write_case(
         counts=counts,
         stamp=stamp,
     )
-
-
-_LARGEST_HALF = 60000.0
 
 
 def write_index(store: Path, cases: Sequence[StoredCase], made: dict[str, Any]) -> None:
@@ -187,11 +187,11 @@ def _seal(raw: dict[str, Any]) -> str:
 
 
 def _fingerprint(cases: Sequence[StoredCase], made: dict[str, Any]) -> str:
-    """Of the data: places and times are no part of it."""
+    """Of the data: names of files and their times are no part of it."""
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
     for case in cases:
-        facts = {key: value for key, value in asdict(case).items() if key != "stamp"}
-        digest.update(json.dumps(facts).encode())
+        facts = [case.id, case.shape, case.spacing, case.affine, case.counts]
+        digest.update(json.dumps([*facts, [file.crcs for file in case.files]]).encode())
     return digest.hexdigest()
 
 

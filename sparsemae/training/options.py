@@ -56,9 +56,11 @@ def evaluating(model: nn.Module, precision: str, device: torch.device) -> Iterat
     """Within it, the model is in evaluation mode and computes in `precision` without gradients."""
     training = model.training
     model.eval()
-    with torch.no_grad(), autocast(precision, device):
-        yield
-    model.train(training)
+    try:
+        with torch.no_grad(), autocast(precision, device):
+            yield
+    finally:
+        model.train(training)
 
 
 def check_precision(config: TrainConfig, device: str) -> None:
@@ -91,7 +93,7 @@ def check_train(config: TrainConfig) -> None:
         twice = ", twice with sawtooth," if config.schedule == "sawtooth" else ""
         raise UserError(
             f"train.warmup {config.warmup}{twice} leaves nothing of train.steps {config.steps}: "
-            f"lower it"
+            f"take fewer steps of warm-up, or more steps"
         )
 
 

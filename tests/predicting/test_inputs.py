@@ -30,6 +30,7 @@ def found(folder, channels):
         (["scan_2024.nii.gz", "other.nii.gz"], 1, None),
         (["a_0001.nii.gz", "a_0000.nii.gz"], 2, {"a": ["a_0000.nii.gz", "a_0001.nii.gz"]}),
         (["a.hdr", "a.img", ".b.nii.gz", "notes.txt"], 1, {"a": ["a.hdr"]}),
+        (["a_0000.nii.gz", "b.nii.gz"], 1, {"a": ["a_0000.nii.gz"], "b": ["b.nii.gz"]}),
         (["a.nrrd", "b.mha"], 1, {"a": ["a.nrrd"], "b": ["b.mha"]}),
     ],
 )

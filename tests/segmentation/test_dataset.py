@@ -86,6 +86,13 @@ def test_what_cannot_be_understood_is_named(edit, entries, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("case", ["../../evil", "a/b", "..", ".", "", "x" * 250, "nul\0"])
+def test_an_id_that_leads_elsewhere_is_refused(edit, case):
+    files = {"images": ["imagesTr/case_1_0000.nii.gz"], "label": "labelsTr/case_1.nii.gz"}
+    with pytest.raises(UserError, match="no name for files"):
+        read_dataset(edit(dataset={case: files}))
+
+
 def test_a_missing_label_map_is_named(edit):
     folder = edit()
     (folder / "labelsTr" / "case_1.nii.gz").unlink()

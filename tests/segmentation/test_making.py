@@ -67,8 +67,62 @@ def test_run_again_nothing_is_made_but_what_changed(dataset, tmp_path, make_plan
     store = prepare_store(dataset, make_plan(2), folder)
     (store.path / store.cases[2].labels.file).unlink()
     after = times(prepare_store(dataset, make_plan(2), folder))
-    changed = {name for name in before if after[name] != before[name]}
-    assert changed == {f.file for case in store.cases[1:] for f in case.files}
+    same = {name for name in before if after.get(name) == before[name]}
+    assert same == {f.file for f in store.cases[0].files}
+    # a run that reads the old voxels goes on
+    assert all((store.path / name).is_file() for name in before)
+
+
+def test_voxels_beside_their_header_are_looked_at_too(tmp_path, draw_labelled, make_plan):
+    folder = draw_labelled(tmp_path / "Dataset001_Pairs", 1)
+    image = nibabel.load(folder / "imagesTr" / "case_0_0000.nii.gz")
+    array = np.asarray(image.dataobj)
+    for path in (folder / "imagesTr").iterdir():
+        path.unlink()
+    pair = folder / "imagesTr" / "case_0_0000.hdr"
+    nibabel.save(nibabel.Nifti1Pair(array, image.affine), pair)
+    about = json.loads((folder / "dataset.json").read_text())
+    files = {"images": [f"imagesTr/{pair.name}"], "label": "labelsTr/case_0.nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(about | {"dataset": {"case_0": files}}))
+    dataset = read_dataset(folder)
+    before = prepare_store(dataset, make_plan(), tmp_path / "stores")
+    header, status = pair.read_bytes(), pair.stat()
+    nibabel.save(nibabel.Nifti1Pair(array[::-1].copy(), image.affine), pair)
+    pair.write_bytes(header)
+    os.utime(pair, ns=(status.st_atime_ns, status.st_mtime_ns))  # nothing but the voxels changed
+    after = prepare_store(dataset, make_plan(), tmp_path / "stores")
+    assert after.fingerprint != before.fingerprint
+
+
+def test_two_data_sets_of_one_name_do_not_meet(tmp_path, draw_labelled, make_plan):
+    stores = []
+    for parent in ("a", "b"):
+        dataset = read_dataset(draw_labelled(tmp_path / parent / "Dataset001_Few", 2))
+        stores.append(prepare_store(dataset, make_plan(), tmp_path / "stores"))
+    assert stores[0].path != stores[1].path
+
+
+def test_whatever_ends_it_what_is_whole_is_kept(dataset, tmp_path, make_plan, monkeypatch):
+    from sparsemae.segmentation import making
+
+    prepare = making._prepare
+
+    def full(job):
+        if job.case.id == "case_2":
+            raise OSError(28, "No space left on device")
+        return prepare(job)
+
+    monkeypatch.setattr(making, "_prepare", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare_store(dataset, make_plan(2), tmp_path / "stores")
+    (store,) = (tmp_path / "stores").iterdir()
+    assert [case.id for case in LabelledStore.open(store).cases] == ["case_0", "case_1"]
+
+
+def test_a_file_in_place_of_the_folder_is_named(dataset, tmp_path, make_plan):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose another --store"):
+        prepare_store(dataset, make_plan(2), tmp_path / "file")
 
 
 def test_plans_share_a_store_where_the_voxels_are_equal(dataset, tmp_path, make_plan):

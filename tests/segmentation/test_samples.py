@@ -2,6 +2,7 @@
 
 import pickle
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,9 @@ from sparsemae.data.loader import Loader
 from sparsemae.data.loading.affine import AugmentConfig
 from sparsemae.data.loading.order import generator_of
 from sparsemae.data.loading.samples import RawBatch
+from sparsemae.segmentation.dataset import read_dataset
 from sparsemae.segmentation.library import has_library
+from sparsemae.segmentation.making import prepare_store
 from sparsemae.segmentation.patches import assemble
 from sparsemae.segmentation.samples import LabelledReader
 
@@ -95,10 +98,43 @@ def test_the_last_of_a_batch_shows_a_class_at_its_centre(prepared):
     assert 0 in free
 
 
-@pytest.mark.parametrize(("foreground", "first"), [(0.0, 4), (0.01, 3), (0.33, 3), (0.5, 2), (1.0, 0)])
+@pytest.mark.parametrize(
+    ("foreground", "first"), [(0.0, 4), (0.01, 3), (0.33, 3), (0.5, 2), (1.0, 0)]
+)
 def test_how_many_of_a_batch_are_sure_to_show_a_class(prepared, foreground, first):
     read = reader(prepared, foreground=foreground, batch_size=4)
     assert read.anywhere == first
+
+
+def test_where_a_label_is_ignored_every_patch_has_something_to_score(
+    tmp_path, draw_labelled, make_plan
+):
+    labels = {"background": 0, "shell": 1, "core": 2, "ignore": 3}
+    folder = draw_labelled(tmp_path / "Dataset001_Sparse", 2, labels=labels)
+    for path in (folder / "labelsTr").iterdir():
+        image = nibabel.load(path)
+        array = np.asarray(image.dataobj).copy()
+        array[:, :, np.arange(array.shape[2]) % 11 != 5] = 3  # few slices were drawn
+        nibabel.save(nibabel.Nifti1Image(array, image.affine), path)
+    store = prepare_store(read_dataset(folder), make_plan(), tmp_path / "stores")
+    read = reader(store, STILL, vary="none", patch_size=(6, 6, 3))
+    assert all((patches(read, i)["labels"] != 3).any() for i in range(40))
+    anywhere = [patches(read, 2 * i)["labels"] for i in range(20)]
+    assert any((labels == 0).any() for labels in anywhere)
+
+
+@pytest.mark.parametrize("vary", ["plain", "none"])
+def test_many_classes_can_be_mirrored(tmp_path, draw_labelled, make_plan, vary):
+    names = {"background": 0} | {f"class {i}": i for i in range(1, 301)}
+    folder = draw_labelled(tmp_path / "Dataset001_Many", 2, labels=names)
+    for path in (folder / "labelsTr").iterdir():
+        image = nibabel.load(path)
+        array = np.asarray(image.dataobj).astype(np.uint16) * 145
+        nibabel.save(nibabel.Nifti1Image(array, image.affine), path)
+    store = prepare_store(read_dataset(folder), make_plan(), tmp_path / "stores")
+    read = reader(store, vary=vary)
+    found = torch.cat([patches(read, i)["labels"].unique() for i in range(8)]).unique()
+    assert found.tolist() == [0, 145, 290]
 
 
 def test_samples_are_the_same_in_any_order_and_process(prepared):

@@ -67,8 +67,9 @@ def read_json_list(path: str) -> list[Any]:
 
 
 def _read_json(path: str) -> Any:
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise mistake(path, f"not valid JSON ({error}); export it again") from None
 

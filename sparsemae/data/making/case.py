@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,13 @@ def metadata(source: Source) -> dict[str, Any]:
 
 def stamp_of(source: Source) -> str:
     """Size and time of the source's files: equal as long as nobody has changed them."""
-    return "+".join(map(stamp_of_file, _files(source)))
+    named = (source.path, source.excluded, source.anatomy)
+    return stamp_of_files([path for path in named if path is not None])
+
+
+def stamp_of_files(paths: Sequence[Path]) -> str:
+    """Size and time of files, and of those that hold the voxels of a header among them."""
+    return "+".join(map(_stamp, [*paths, *(o for path in paths for o in _other_files(path))]))
 
 
 def content_of(array: Float32[np.ndarray, "D H W"]) -> str:
@@ -174,12 +181,6 @@ def content_of(array: Float32[np.ndarray, "D H W"]) -> str:
     digest = hashlib.sha256(repr(array.shape).encode())
     digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:32]
-
-
-def _files(source: Source) -> list[Path]:
-    """The source's files, with those that hold the voxels of a header, or the header of voxels."""
-    named = [p for p in (source.path, source.excluded, source.anatomy) if p is not None]
-    return named + [other for path in named for other in _other_files(path)]
 
 
 def _other_files(path: Path) -> list[Path]:
@@ -192,8 +193,7 @@ def _other_files(path: Path) -> list[Path]:
     return [other for other in beside if other.is_file()]
 
 
-def stamp_of_file(path: Path) -> str:
-    """Size and time of one file."""
+def _stamp(path: Path) -> str:
     try:
         status = path.stat()
     except OSError:
