@@ -59,16 +59,21 @@ class Labels:
 
 
 def read_volume(
-    path: Path | str, *, frame: int | None = None, max_voxels: int = MAX_VOXELS
+    path: Path | str,
+    *,
+    frame: int | None = None,
+    max_voxels: int = MAX_VOXELS,
+    constant: bool = False,
 ) -> Volume:
     """Read a volume, its format told by its content; raise `VolumeError` if it is unfit.
 
     Of a file with several frames, `frame` is read, counted from 0; without it that is refused, as
-    is a volume of more than `max_voxels`. Nothing but `VolumeError` is raised for a bad file.
+    is a volume of more than `max_voxels`, and one of a single value unless `constant`. Nothing but
+    `VolumeError` is raised for a bad file.
     """
     findings = Findings(Path(path))
-    flat, header = decode(findings, frame, max_voxels, read_intensities, constant=False)
-    check_intensities(flat, header, findings)
+    flat, header = decode(findings, frame, max_voxels, read_intensities, constant=constant)
+    check_intensities(flat, header, findings, constant=constant)
     array, affine, native = _oriented(flat, header, findings)
     notices = tuple(findings.notices)
     return Volume(array, affine, voxel_sizes(affine), findings.path, notices, native)

@@ -65,18 +65,24 @@ def dice_ce(
 ) -> Float[Tensor, ""]:
     """1 minus mean soft Dice of the foreground classes, plus the mean cross-entropy; in fp32."""
     logits = logits.float()
-    valid = torch.ones_like(labels, dtype=torch.bool) if ignore is None else labels != ignore
-    target = labels if ignore is None else labels * valid
-    entropy = (F.cross_entropy(logits, target, reduction="none") * valid).flatten(1).sum(1)
-    entropy = entropy / valid.flatten(1).sum(1).clamp(min=1)
-
-    p = (logits.softmax(1) * valid[:, None]).flatten(2)  # [B, C, N]
-    truth = F.one_hot(target, logits.shape[1]).movedim(-1, 1).flatten(2) * valid.flatten(1)[:, None]
-    shared, predicted, true = (p * truth).sum(2), p.sum(2), truth.sum(2)  # [B, C]
+    valid = None if ignore is None else labels != ignore
+    target = labels if valid is None else labels * valid
+    entropy = F.cross_entropy(logits, target, reduction="none").flatten(1)  # [B, N]
+    p = logits.softmax(1)[:, 1:].flatten(2)  # [B, C - 1, N]
+    with torch.no_grad():
+        truth = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, target[:, None], True)
+        truth = truth[:, 1:].flatten(2)  # ignored voxels are background here
+    if valid is None:
+        entropy = entropy.mean(1)
+    else:
+        known = valid.flatten(1)
+        entropy = (entropy * known).sum(1) / known.sum(1).clamp(min=1)
+        p = p * known[:, None]
+    shared, predicted, true = (p * truth).sum(2), p.sum(2), truth.sum(2)  # [B, C - 1]
     if batch_dice:
         shared, predicted, true = total_of(torch.stack([shared, predicted, true]).sum(1))[:, None]
     dice = (2 * shared + _SMOOTH) / (predicted + true + _SMOOTH).clamp(min=1e-8)
-    return 1 - dice[:, 1:].mean() + entropy.mean()
+    return 1 - dice.mean() + entropy.mean()
 
 
 def _coarser(labels: Int[Tensor, "B D H W"], size: Sequence[int]) -> Int[Tensor, "B d h w"]:

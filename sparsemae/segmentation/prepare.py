@@ -41,7 +41,7 @@ def prepare_case(volumes: Sequence[Volume], labels: Labels | None, plan: Plan) -
     The volumes must lie on one grid; `read_case` sees to that.
 
     Raises:
-        VolumeError: `geometry.too_large`, or `intensity.flat` where a channel has one value.
+        VolumeError: `geometry.too_large`.
     """
     first = volumes[0]
     inside = np.logical_or.reduce([v.array != 0 for v in volumes])
@@ -92,7 +92,7 @@ def _normalized(
             values = array[inside] if channel.masked else array
             mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
             if std <= _LEAST_STD * max(1.0, abs(mean)):
-                raise _flat(volume)
+                return np.zeros_like(array)  # a contrast that was not taken
             if channel.masked:
                 array[inside] = (values - np.float32(mean)) / np.float32(std)
                 array[~inside] = 0
@@ -106,13 +106,5 @@ def _normalized(
             array /= np.float32(max(known.std, _LEAST_STD))
         case "rescale":
             array -= array.min()
-            if not array.max() > 0:
-                raise _flat(volume)
-            array /= array.max()
+            array /= max(array.max(), _LEAST_STD)
     return array
-
-
-def _flat(volume: Volume) -> VolumeError:
-    return VolumeError(
-        "intensity.flat", f"{volume.path}: all voxels have one value; remove the case"
-    )

@@ -25,9 +25,16 @@ def read_case(case: SegCase, classes: Classes | None = None) -> tuple[list[Volum
 
 
 def read_channels(paths: tuple[Path, ...]) -> list[Volume]:
-    """Read the images of a case; `VolumeError` unless all lie on the grid of the first."""
-    volumes = [read_volume(path) for path in paths]
+    """Read the images of a case; `VolumeError` unless all lie on the grid of the first.
+
+    Some, but not all, may be of a single value: a contrast that was not taken, filled in.
+    """
+    volumes = [read_volume(path, constant=len(paths) > 1) for path in paths]
     first, *others = volumes
+    if others and all(v.array.min() == v.array.max() for v in volumes):
+        raise VolumeError(
+            "intensity.constant", f"{first.path}: every channel has one value; remove the case"
+        )
     for volume in others:
         if volume.array.shape != first.array.shape:
             raise VolumeError(

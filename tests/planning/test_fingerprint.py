@@ -192,7 +192,7 @@ def fault(kind):
         case "float":
             labels = labels + np.float32(0.25)
         case "constant":
-            first[...] = 5
+            first[...] = second[...] = 5
     return [first, second], labels
 
 
@@ -207,7 +207,7 @@ def fault(kind):
         ("channel flipped", "imagesTr/bad_0001.nii.gz", "mm off"),
         ("class", "labelsTr/bad.nii.gz", "class 7 is not among 0, 1, 2"),
         ("float", "labelsTr/bad.nii.gz", r"a label of 0\.25"),
-        ("constant", "imagesTr/bad_0000.nii.gz", "every voxel is 5"),
+        ("constant", "imagesTr/bad_0000.nii.gz", "every channel has one value"),
     ],
 )
 def test_unfit_cases_are_named(make, kind, file, message):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from sparsemae.data.codes import VolumeError
 from sparsemae.data.read import Labels, Volume
 from sparsemae.planning.plan import ChannelPlan, Intensities
 from sparsemae.segmentation.prepare import prepare_case
+from sparsemae.segmentation.reading import read_channels
 
 
 def volume(array, spacing=(1.0, 1.0, 1.0)):
@@ -91,10 +93,32 @@ def test_axes_are_resampled_each_on_its_own(two, make_plan):
     np.testing.assert_allclose(after, before)
 
 
-def test_what_cannot_be_normalised_or_would_be_too_large_is_refused(make_plan):
-    flat = volume(np.full((6, 6, 6), 7))
-    with pytest.raises(VolumeError, match="one value; remove the case"):
-        prepare_case([flat], None, make_plan())
+def test_a_contrast_that_was_not_taken_is_zero(two, make_plan, tmp_path):
+    one, _, classes = two
+    for value in (0, 7):
+        missing = volume(np.full(one.array.shape, value))
+        ready = prepare_case([one, missing], labels(classes, one), make_plan(2))
+        assert (ready.array[1] == 0).all()
+        assert ready.array[0].std() > 0.1
+
+
+def test_channels_may_be_of_one_value_but_not_all(tmp_path):
+    paths = tuple(tmp_path / f"case_{i:04}.nii.gz" for i in range(2))
+    rng = np.random.default_rng(0)
+    zeros = np.zeros((6, 7, 8), np.float32)
+    for path, array in zip(
+        paths, (rng.normal(size=(6, 7, 8)).astype(np.float32), zeros), strict=True
+    ):
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
+    assert not read_channels(paths)[1].array.any()
+    nibabel.save(nibabel.Nifti1Image(zeros, np.eye(4)), paths[0])
+    with pytest.raises(VolumeError, match="every channel has one value"):
+        read_channels(paths)
+    with pytest.raises(VolumeError, match="every voxel is 0"):
+        read_channels(paths[:1])
+
+
+def test_what_would_be_too_large_is_refused(make_plan):
     small = volume(np.arange(6**3).reshape(6, 6, 6) + 1, (50.0, 50.0, 50.0))
     with pytest.raises(VolumeError, match=r"larger plan\.spacing") as caught:
         prepare_case([small], None, make_plan(spacing=[0.05, 0.05, 0.05]))

@@ -52,10 +52,17 @@ def read_intensities(stream: Stream, header: Header) -> Flat:
     return array
 
 
-def check_intensities(array: Flat, header: Header, findings: Findings) -> None:
-    """Fill the few voxels that are not finite and lift padding, in place; refuse the rest."""
+def check_intensities(
+    array: Flat, header: Header, findings: Findings, *, constant: bool = False
+) -> None:
+    """Fill the few voxels that are not finite and lift padding, in place; refuse the rest.
+
+    A single value is refused unless `constant`.
+    """
     low = _make_finite(array, header, findings)
     high = float(max(part.max() for part in _slabs(array)))
+    if low == high and constant:
+        return
     if low == high:
         raise findings.refuse("intensity.constant", f"every voxel is {low:g}; remove the file")
     sample = evenly(array).astype(np.float64)
