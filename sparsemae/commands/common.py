@@ -30,8 +30,10 @@ def until_interrupted(train: Callable[[], "Outcome"]) -> "Outcome":
 def tell(outcome: "Outcome") -> NoReturn:
     """Say how a run ended, and end with its exit code."""
     if not outcome.checkpoint.name.startswith("step-") and first():
-        stopped = "stopped as asked" if outcome.exit_code else "done"
-        say(f"{stopped}: no step was done yet; the same command without --prepare-only trains")
+        if outcome.exit_code:
+            say("stopped before the first step as asked; the same command goes on")
+        else:
+            say("done: no step was done yet; the same command without --prepare-only trains")
     elif outcome.exit_code and first():
         say(f"stopped at step {outcome.step} as asked; --resume goes on from there")
     elif first():

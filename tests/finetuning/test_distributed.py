@@ -170,7 +170,7 @@ def test_a_stop_before_the_first_step_is_one_of_all_ranks(tmp_path, torchrun, va
         agent.until(lambda: "another process prepares it; waiting" in agent.printed)
         os.kill(agent.rank(0), signal.SIGTERM)
         agent.wait(1)
-    assert agent.printed.count("stopped at step 0 as asked") == 1
+    assert agent.printed.count("stopped before the first step as asked") == 1
     assert not agent.errors
     assert not agent.traced
     assert not (run / "config.toml").exists()
