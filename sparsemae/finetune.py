@@ -15,8 +15,14 @@ from sparsemae.files import write_atomically
 from sparsemae.finetuning.config import FinetuneConfig
 from sparsemae.finetuning.objective import Segmentation, check_batch
 from sparsemae.finetuning.planning import make_plan
-from sparsemae.finetuning.runs import FinetunedRun, keep_task, kept_store, load_finetuned, read_plan
-from sparsemae.finetuning.runs import Task as Target
+from sparsemae.finetuning.runs import (
+    FinetunedRun,
+    Target,
+    keep_task,
+    kept_store,
+    load_finetuned,
+    read_plan,
+)
 from sparsemae.kinds import VALIDATION_DICE
 from sparsemae.live import say
 from sparsemae.models.resenc import ResEncUNet

@@ -329,6 +329,24 @@ def test_a_wrong_number_of_channels_ends_it(tmp_path, draw_labelled, config):
         finetune(folder, tmp_path / "run", config())
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"file": "plans.json", "mode": "nnunet"}, r"plan\.mode: plan\.file decides"),
+        ({"mode": "nnunet", "like": "FINETUNED"}, r"plan\.like: a plan of mode nnunet"),
+        ({"mode": "auto", "like": "FINETUNED", "preset": "M"}, r"plan\.preset: .*like_pretrained"),
+    ],
+)
+def test_keys_of_a_plan_that_would_do_nothing_are_refused(
+    labelled, tmp_path, config, finetuned, small_plans, keys, words
+):
+    places = {"plans.json": str(small_plans), "FINETUNED": str(finetuned)}
+    plan = {key: places.get(value, value) for key, value in keys.items()}
+    raw = config().model_dump(mode="json", exclude_unset=True) | {"plan": plan}
+    with pytest.raises(UserError, match=words):
+        finetune(labelled, tmp_path / "run", build_config(FinetuneConfig, raw))
+
+
 def test_the_store_may_not_vanish_from_a_run(labelled, tmp_path, config):
     run = tmp_path / "run"
     finetune(labelled, run, config())

@@ -55,6 +55,7 @@ def make_plan(
         "patch_size": data.patch_size,
         "batch_size": data.batch_size,
     }
+    _refuse_unused(config, mode)
     if mode == "nnunet":
         fingerprint = _fingerprint(dataset, folder, workers, console, stopped)
         if fingerprint is None:
@@ -77,6 +78,19 @@ def make_plan(
     patch_size = reference.patch_size or data.patch_size
     followed = Reference(reference.topology, patch_size, reference.spacing)
     return plan_like_pretrained(fingerprint, dataset, followed, **given)
+
+
+_UNUSED = {"nnunet": {"like"}, "like_pretrained": {"preset", "memory_gb"}}
+
+
+def _refuse_unused(config: FinetuneConfig, mode: str) -> None:
+    """A key that does nothing was a misunderstanding."""
+    asked = config.plan.model_dump(exclude_defaults=True).keys() & _UNUSED[mode]
+    if asked:
+        raise UserError(
+            f"plan.{sorted(asked)[0]}: a plan of mode {mode} has no use for it; leave it out, or "
+            f"set plan.mode"
+        )
 
 
 def _from_file(config: FinetuneConfig, dataset: Dataset) -> Plan:

@@ -21,7 +21,7 @@ from sparsemae.training.folder import config_file
 
 
 @dataclass(frozen=True)
-class Task:
+class Target:
     """What a run segments, as every checkpoint of it says."""
 
     dataset: str  # name
@@ -44,7 +44,7 @@ class Task:
         }
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> "Task":
+    def from_dict(cls, raw: dict[str, Any]) -> "Target":
         """What `as_dict` gave."""
         return cls(
             raw["dataset"],
@@ -62,7 +62,7 @@ class FinetunedRun:
 
     config: FinetuneConfig
     plan: Plan
-    task: Task
+    task: Target
     network: ResEncUNet  # on the CPU, in evaluation mode, without deep supervision
     checkpoint: Checkpoint
     warnings: list[str]
@@ -87,7 +87,7 @@ def read_plan(run: Path) -> Plan:
         raise UserError(f"{run / PLAN}: {error}") from None
 
 
-def keep_task(run: Path, task: Task, start: dict[str, Any]) -> None:
+def keep_task(run: Path, task: Target, start: dict[str, Any]) -> None:
     """Write what a run segments, and what it began with, into its folder; that stays as it is."""
     began = _kept(run)
     start = {key: began.get(key) or value for key, value in start.items()}
@@ -130,7 +130,7 @@ def load_finetuned(run: Path, *, best: bool = False, averaged: bool = True) -> F
     checkpoint, warnings = load(run / CHECKPOINTS)
     # what the weights belong to is what their checkpoint says, whatever became of the other files
     plan = build_config(Plan, checkpoint.meta["plan"])
-    task = Task.from_dict(checkpoint.meta["task"])
+    task = Target.from_dict(checkpoint.meta["task"])
     with torch.random.fork_rng(devices=[]):
         network = build_network(plan, len(task.classes), deep_supervision=True)
     weights = checkpoint.ema() if averaged else None

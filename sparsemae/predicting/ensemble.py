@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemae.errors import UserError
-from sparsemae.finetuning.runs import FinetunedRun, Task, is_finetuning, load_finetuned
+from sparsemae.finetuning.runs import FinetunedRun, Target, is_finetuning, load_finetuned
 from sparsemae.planning.plan import Plan
 from sparsemae.runfiles import CONFIG
 from sparsemae.training.keeper import changed_keys
@@ -24,7 +24,7 @@ class Ensemble:
         return self.runs[0].plan
 
     @property
-    def task(self) -> Task:
+    def task(self) -> Target:
         return self.runs[0].task
 
     @property
