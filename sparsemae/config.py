@@ -35,6 +35,11 @@ def _three(value: Any) -> Any:
     return tuple(value)
 
 
+def as_tuple(value: Any) -> Any:
+    """A list, as JSON and TOML have them, as a tuple; anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def floats(value: Any) -> Any:
     """Numbers in a list, as JSON and TOML have them, as a tuple; anything else as it is."""
     numbers = isinstance(value, list | tuple) and all(map(is_number, value))

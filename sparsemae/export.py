@@ -166,11 +166,7 @@ def _own_network(pretrained: Pretrained) -> ResEncUNet:
     return ResEncUNet(
         pretrained.input_channels,
         head.shape[0],
-        topology.features,
-        topology.strides,
-        topology.blocks,
-        topology.kernels,
-        topology.decoder_convs,
+        **topology.arguments(),
     )
 
 

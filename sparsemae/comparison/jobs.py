@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsemae.comparison.suite import NONE, DatasetEntry, MethodEntry, Suite
-from sparsemae.config import recipes
+from sparsemae.comparison.suite import DatasetEntry, MethodEntry, Suite, is_recipe
 from sparsemae.data.finding.nnunet import DESCRIPTION
 from sparsemae.errors import UserError
-from sparsemae.finetuning.config import FinetuneConfig
+from sparsemae.finetuning.config import NONE
 from sparsemae.segmentation.dataset import TEST
 
 RUNS, STORES, JOBS = "runs", "stores", "jobs"  # folders of OUT
@@ -53,13 +52,9 @@ class Job:
     @property
     def definition(self) -> dict[str, Any]:
         """All that decides the result; paths as the suite writes them, so that trees may move."""
-        name, config = self.method.config, None
-        if name is not None:
-            config = (
-                name
-                if name in recipes(FinetuneConfig.recipes)
-                else self.suite.resolve(name).read_text("utf-8")
-            )
+        config = self.method.config
+        if config is not None and not is_recipe(config):
+            config = self.suite.resolve(config).read_text("utf-8")
         return {
             "dataset": self.dataset.path,
             "evaluate_on": self.dataset.evaluate_on,

@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt
 
-from sparsemae.config import Strict, build_config, recipes
+from sparsemae.config import Strict, as_tuple, build_config, recipes
 from sparsemae.data.codes import one_line
 from sparsemae.errors import UserError
-from sparsemae.finetuning.config import FinetuneConfig
+from sparsemae.finetuning.config import NONE, FinetuneConfig
 from sparsemae.segmentation.dataset import LABELS, TEST, read_dataset
 
-NONE = "none"  # of `init`: from scratch
 ROLES = ("development", "test")  # never pooled
 TEST_LABELS = "labelsTs"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")  # it becomes a folder
@@ -28,10 +27,6 @@ def _name(text: str) -> str:
     if not _NAME.fullmatch(text):
         raise ValueError("use letters, digits and . _ + -, at most 64, as it names a folder")
     return text
-
-
-def _list(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _different(values: tuple) -> tuple:
@@ -53,7 +48,7 @@ def _overrides(items: tuple[str, ...]) -> tuple[str, ...]:
 Name = Annotated[str, AfterValidator(_name)]
 Numbers = Annotated[
     tuple[NonNegativeInt, ...],
-    BeforeValidator(_list),
+    BeforeValidator(as_tuple),
     AfterValidator(_different),
     Field(min_length=1),
 ]
@@ -85,7 +80,7 @@ class MethodEntry(Strict):
     name: Name
     init: str  # "none", or what `finetune --init` takes
     config: str | None = None  # a recipe, or a file
-    set: Annotated[tuple[str, ...], BeforeValidator(_list), AfterValidator(_overrides)] = ()
+    set: Annotated[tuple[str, ...], BeforeValidator(as_tuple), AfterValidator(_overrides)] = ()
 
 
 @dataclass(frozen=True)
@@ -110,9 +105,14 @@ class Suite:
 
     def config(self, method: MethodEntry) -> str | None:
         """What to give to `--config`: the name of a recipe, or an absolute path."""
-        if method.config is None or method.config in recipes(FinetuneConfig.recipes):
+        if method.config is None or is_recipe(method.config):
             return method.config
         return str(self.resolve(method.config))
+
+
+def is_recipe(config: str) -> bool:
+    """Whether it names a recipe of fine-tuning; else it is a file."""
+    return config in recipes(FinetuneConfig.recipes)
 
 
 def read_suite(file: Path) -> Suite:
@@ -186,11 +186,7 @@ def _missing(suite: Suite) -> list[str]:
         if method.init != NONE and not init.exists():
             out.append(one_line(f"method {method.name}: init: {init} is missing"))
         config = suite.config(method)
-        if (
-            config is not None
-            and config not in recipes(FinetuneConfig.recipes)
-            and not Path(config).is_file()
-        ):
+        if config is not None and not is_recipe(config) and not Path(config).is_file():
             names = ", ".join(recipes(FinetuneConfig.recipes))
             out.append(
                 one_line(f"method {method.name}: config: no file {config}, nor a recipe ({names})")

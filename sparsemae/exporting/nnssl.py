@@ -7,11 +7,11 @@ Form of `AdaptationPlan.serialize()` in nnssl, as nnU-Net's `nnUNetv2_preprocess
 from typing import Any
 
 from sparsemae.exporting.nnunet import IMPORTED, architecture
-from sparsemae.models.topology import PRESETS, Topology, Triple
+from sparsemae.models.topology import Topology, Triple
 from sparsemae.planning.nnunet_plans import NORMALIZATIONS, in_network_axes, to_network_axes
 from sparsemae.transfer.pretrained import Pretrained
 
-RESENC_L = Topology.parse(*PRESETS["L"].values(), 3, 1)
+RESENC_L = Topology.preset("L")
 PATCH = 160  # voxels, recommended where nothing is known
 _STEM = "encoder.stem.convs.0"
 _SCHEMES = {ours: theirs for theirs, ours in NORMALIZATIONS.items()}

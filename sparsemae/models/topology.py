@@ -33,6 +33,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+ARGUMENTS = (  # of `ResEncUNet`, in nnU-Net's words
+    *("features_per_stage", "strides", "n_blocks_per_stage", "kernel_sizes"),
+    "n_conv_per_stage_decoder",
+)
+
+
 @dataclass(frozen=True)
 class Topology:
     """Stages of a residual-encoder U-Net, finest first; build it with `Topology.parse`."""
@@ -89,6 +95,16 @@ class Topology:
                 f"got {topology.strides[0]}"
             )
         return topology
+
+    @classmethod
+    def preset(cls, name: str) -> "Topology":
+        """Of one of `PRESETS`."""
+        return cls.parse(**({"kernel_sizes": 3, "n_conv_per_stage_decoder": 1} | PRESETS[name]))
+
+    def arguments(self) -> dict[str, Any]:
+        """What `ResEncUNet` and `parse` take, in nnU-Net's words."""
+        values = (self.features, self.strides, self.blocks, self.kernels, self.decoder_convs)
+        return dict(zip(ARGUMENTS, values, strict=True))
 
     @property
     def stage_strides(self) -> tuple[Triple, ...]:

@@ -75,11 +75,7 @@ def plan_like_pretrained(
         patch_size=patch_size,
         batch_size=MIN_BATCH if batch_size is None else checked_batch(batch_size),
         channels=channel_plans(fingerprint, dataset),
-        features_per_stage=topology.features,
-        strides=topology.strides,
-        n_blocks_per_stage=topology.blocks,
-        kernel_sizes=topology.kernels,
-        n_conv_per_stage_decoder=topology.decoder_convs,
+        **topology.arguments(),
         batch_dice=bool(math.prod(patch_size) / np.prod(median) < _COVERED),
     )
 

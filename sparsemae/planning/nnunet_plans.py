@@ -99,7 +99,6 @@ def read_plans(
                 f"{where}: channel_names: {len(names)}, but {place} has {len(schemes)} "
                 f"normalization_schemes: take both files of one data set"
             )
-    topology = geometry.topology
     raw = {
         "planner": "plans.json",
         "spacing": geometry.spacing,
@@ -109,11 +108,7 @@ def read_plans(
             _channel(plans, place, number, name, scheme, mask)
             for number, (name, scheme, mask) in enumerate(zip(names, schemes, masks, strict=True))
         ],
-        "features_per_stage": topology.features,
-        "strides": topology.strides,
-        "n_blocks_per_stage": topology.blocks,
-        "kernel_sizes": topology.kernels,
-        "n_conv_per_stage_decoder": topology.decoder_convs,
+        **geometry.topology.arguments(),
         "batch_dice": found.get("batch_dice", False),
     }
     try:

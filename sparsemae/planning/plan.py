@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, PositiveFloat, PositiveInt
 
-from sparsemae.config import Size, Strict, floats
+from sparsemae.config import Size, Strict, as_tuple, floats
 from sparsemae.models.resenc import ResEncUNet
-from sparsemae.models.topology import Topology
+from sparsemae.models.topology import ARGUMENTS, Topology
 
-Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda v: _tuple(v))]
-PerStage = Annotated[tuple[Size, ...], BeforeValidator(lambda v: _tuple(v))]
+Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
+PerStage = Annotated[tuple[Size, ...], BeforeValidator(as_tuple)]
 Spacing = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeValidator(floats)]
 
 
@@ -42,7 +42,7 @@ class Plan(Strict):
     spacing: Spacing  # mm
     patch_size: Size
     batch_size: PositiveInt
-    channels: Annotated[tuple[ChannelPlan, ...], BeforeValidator(lambda v: _tuple(v))]
+    channels: Annotated[tuple[ChannelPlan, ...], BeforeValidator(as_tuple)]
     features_per_stage: Counts
     strides: PerStage
     n_blocks_per_stage: Counts
@@ -53,28 +53,12 @@ class Plan(Strict):
     @property
     def topology(self) -> Topology:
         """The network's numbers, checked; `UserError` if they are impossible."""
-        return Topology.parse(
-            self.features_per_stage,
-            self.strides,
-            self.n_blocks_per_stage,
-            self.kernel_sizes,
-            self.n_conv_per_stage_decoder,
-        )
+        return Topology.parse(**{name: getattr(self, name) for name in ARGUMENTS})
 
 
 def build_network(plan: Plan, num_classes: int, *, deep_supervision: bool) -> ResEncUNet:
     """The network of a plan, freshly initialised from torch's global random numbers."""
+    arguments = plan.topology.arguments()
     return ResEncUNet(
-        len(plan.channels),
-        num_classes,
-        plan.features_per_stage,
-        plan.strides,
-        plan.n_blocks_per_stage,
-        plan.kernel_sizes,
-        plan.n_conv_per_stage_decoder,
-        deep_supervision=deep_supervision,
+        len(plan.channels), num_classes, **arguments, deep_supervision=deep_supervision
     )
-
-
-def _tuple(value):
-    return tuple(value) if isinstance(value, list) else value

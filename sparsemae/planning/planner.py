@@ -14,6 +14,7 @@ from sparsemae.errors import UserError
 from sparsemae.models.topology import Topology, Triple
 from sparsemae.planning.cost import feature_map_size
 from sparsemae.planning.fingerprint import Fingerprint
+from sparsemae.planning.nnunet_plans import in_our_axes, to_network_axes, to_our_axes
 from sparsemae.planning.plan import Plan
 from sparsemae.planning.pooling import Pooling, nearest_patch, pool
 from sparsemae.planning.rules import (
@@ -66,7 +67,7 @@ def plan_nnunet(
     budget = _budget(preset, memory_gb)
     spacing = median_spacing(fingerprint) if spacing is None else checked_spacing(spacing)
     axes = network_axes(spacing)
-    mm = np.array([spacing[axis] for axis in axes])
+    mm = np.array(to_network_axes(spacing, axes))
     median = median_shape(fingerprint, spacing)[list(axes)]
     outputs = len(dataset.classes.numbers)  # nnU-Net counts the ignored label too
     if patch_size is None:
@@ -79,20 +80,13 @@ def plan_nnunet(
         covered = np.prod(median) * len(dataset.training) / np.prod(pooling.patch_size)
         batch_size = max(min(round(budget / cost * _BATCH), round(covered)), MIN_BATCH)
 
-    def ours(triple: Triple) -> Triple:
-        return tuple(triple[axes.index(axis)] for axis in range(3))
-
     return Plan(
         planner="nnunet",
         spacing=spacing,
-        patch_size=ours(pooling.patch_size),
+        patch_size=to_our_axes(pooling.patch_size, axes),
         batch_size=checked_batch(batch_size),
         channels=channel_plans(fingerprint, dataset),
-        features_per_stage=topology.features,
-        strides=tuple(map(ours, topology.strides)),
-        n_blocks_per_stage=topology.blocks,
-        kernel_sizes=tuple(map(ours, topology.kernels)),
-        n_conv_per_stage_decoder=topology.decoder_convs,
+        **in_our_axes(topology, axes).arguments(),
         batch_dice=_has_lowres(mm, median, pooling.patch_size, outputs, budget),
     )
 
@@ -120,14 +114,14 @@ def _budget(preset: str, memory_gb: float | None) -> float:
 
 def _given(spacing: Array, patch_size: Triple, axes: Triple) -> Pooling:
     """The network of a patch that a person chose."""
-    wanted = tuple(patch_size[axis] for axis in axes)
+    wanted = to_network_axes(patch_size, axes)
     pooling = pool(spacing, wanted)
     if pooling.patch_size != wanted:
         nearest = nearest_patch(spacing, wanted)
         raise UserError(
             f"patch_size {patch_size}: its edges must be multiples of "
-            f"{tuple(pooling.divisor[axes.index(axis)] for axis in range(3))}, the strides of its "
-            f"network; the nearest is {tuple(nearest[axes.index(axis)] for axis in range(3))}"
+            f"{to_our_axes(pooling.divisor, axes)}, the strides of its network; the nearest is "
+            f"{to_our_axes(nearest, axes)}"
         )
     return pooling
 

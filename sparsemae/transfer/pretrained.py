@@ -17,7 +17,8 @@ from sparsemae.checkpoint import load_checkpoint
 from sparsemae.config import is_number
 from sparsemae.data.codes import one_line
 from sparsemae.errors import UserError
-from sparsemae.models.topology import PRESETS, Topology, Triple
+from sparsemae.kinds import FINETUNING, kind_of
+from sparsemae.models.topology import Topology, Triple
 from sparsemae.planning.nnunet_plans import (
     in_our_axes,
     network_axes,
@@ -67,7 +68,7 @@ def read_pretrained(path: Path) -> Pretrained:
     """
     path = Path(path)
     if path.is_dir():
-        if (path / PLAN).is_file():
+        if kind_of(path) == FINETUNING:
             return _finetuned(path)
         if not (path / CONFIG).is_file():
             raise UserError(one_line(f"{path}: {_folder_hint(path)}"))
@@ -248,7 +249,7 @@ def _nnssl_facts(adaptation: Mapping[str, Any], place: str) -> _Facts:
     at = f"{place}: arch_class_name"
     topology = None
     if name in ("ResEncL", "NoSkipResEncL"):
-        topology = Topology.parse(*PRESETS["L"].values(), 3, 1)
+        topology = Topology.preset("L")
     elif isinstance(name, str) and not name.endswith("ResidualEncoderUNet"):
         raise UserError(one_line(f"{at}: {name!r}; {TAKEN}"))
     axes = ZYX
