@@ -6,10 +6,12 @@ ends with its own, and is written last. Whatever happens while one is written, t
 stay whole. The same state makes the same bytes.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemae.errors import DivergedError, UserError
-from sparsemae.files import sync_folder, write_synced
+from sparsemae.files import sealed, sync_folder, write_synced
 
 FORMAT = 2
 MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
@@ -141,6 +143,18 @@ def load_checkpoint(folder: Path, step: int | None = None) -> tuple[Checkpoint, 
     raise UserError(f"{what} in {folder}: put back a copy, or start a new run")
 
 
+def newest_meta(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint says that can be read; its weights are not looked at.
+
+    Raises:
+        UserError: There is none.
+    """
+    for path in reversed(_folders(folder)):
+        with contextlib.suppress(_DamagedError):
+            return _meta(path)
+    return load_checkpoint(folder)[0].meta  # says why
+
+
 def load_best_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
     """That of the best validation, as the newest whole one knows it.
 
@@ -158,12 +172,6 @@ def load_best_checkpoint(folder: Path) -> tuple[Checkpoint, list[str]]:
 def has_checkpoints(folder: Path) -> bool:
     """Whether there is any, whole or not."""
     return bool(_folders(folder))
-
-
-def sealed(meta: dict[str, Any]) -> dict[str, Any]:
-    """The meta with the SHA-256 of all that it says, itself not counted."""
-    body = {key: value for key, value in meta.items() if key != "sha256"}
-    return body | {"sha256": hashlib.sha256(json.dumps(body).encode()).hexdigest()}
 
 
 def clean(folder: Path) -> None:
@@ -255,9 +263,23 @@ class _DamagedError(Exception):
     """What is wrong with a checkpoint folder."""
 
 
-def _verified(path: Path) -> dict[str, Any]:
-    """The meta of a checkpoint whose files all are as they were written; `_DamagedError` if not."""
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Whatever reading a checkpoint comes upon as a `_DamagedError`."""
     try:
+        yield
+    except OSError as error:
+        missing = Path(error.filename or path).name
+        raise _DamagedError(f"incomplete ({error.strerror}: {missing})") from None
+    except safetensors.SafetensorError as error:
+        raise _DamagedError(f"not a safetensors file ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _DamagedError("meta.json is damaged") from None
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    """The meta of a checkpoint, as it was written; `_DamagedError` if not."""
+    with _damage(path):
         if (path / META).stat().st_size > _LARGEST_META:
             raise _DamagedError("meta.json is damaged")
         meta = json.loads((path / META).read_text())
@@ -272,6 +294,14 @@ def _verified(path: Path) -> dict[str, Any]:
         files = meta["files"].keys()
         if path.name != f"step-{meta['step']:08d}" or files - {EMA} != {MODEL, OPTIMIZER}:
             raise _DamagedError("meta.json is damaged")
+        return meta
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The meta of a checkpoint whose files all are as they were written; `_DamagedError` if not."""
+    meta = _meta(path)
+    files = meta["files"].keys()
+    with _damage(path):
         for name, expected in meta["files"].items():
             if (path / name).stat().st_size != expected["size"]:
                 raise _DamagedError(f"{name} is damaged")
@@ -284,11 +314,4 @@ def _verified(path: Path) -> dict[str, Any]:
         for name in files - {OPTIMIZER}:
             if (weight := _not_finite(safetensors.torch.load_file(path / name))) is not None:
                 raise _DamagedError(f"weight {weight} in {name} is not finite")
-    except OSError as error:
-        missing = Path(error.filename or path).name
-        raise _DamagedError(f"incomplete ({error.strerror}: {missing})") from None
-    except safetensors.SafetensorError as error:
-        raise _DamagedError(f"not a safetensors file ({error})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise _DamagedError("meta.json is damaged") from None
     return meta

@@ -3,12 +3,14 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
+import json
 import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sparsemae.errors import UserError
 
@@ -49,6 +51,12 @@ def write_synced(path: Path, data: bytes) -> None:
 def named(error: OSError, path: Path) -> OSError:
     """The error with the file it happened to: that of a failed write has none."""
     return error if error.filename else OSError(error.errno, error.strerror, str(path))
+
+
+def sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    """The meta with the SHA-256 of all that it says, itself not counted."""
+    body = {key: value for key, value in meta.items() if key != "sha256"}
+    return body | {"sha256": hashlib.sha256(json.dumps(body).encode()).hexdigest()}
 
 
 def sync_folder(folder: Path) -> None:

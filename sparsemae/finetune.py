@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from sparsemae.checkpoint import has_checkpoints, load_checkpoint
+from sparsemae.checkpoint import has_checkpoints, newest_meta
 from sparsemae.errors import LoaderError, UserError
 from sparsemae.files import write_atomically
 from sparsemae.finetuning.config import FinetuneConfig
@@ -226,7 +226,7 @@ def _target(run: Path, dataset: Dataset, config: FinetuneConfig) -> Target:
         split = make_split(dataset, config.fold, splits)
         named = (dataset.name, place, dataset.channels, dataset.classes)
         return Target(*named, split.train, split.val)
-    before = Target.from_dict(load_checkpoint(run / CHECKPOINTS)[0].meta["task"])
+    before = Target.from_dict(newest_meta(run / CHECKPOINTS)["task"])
     for what in ("channels", "classes"):
         if getattr(dataset, what) != getattr(before, what):
             raise UserError(

@@ -4,16 +4,16 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from sparsemae.data.codes import VolumeError
 from sparsemae.data.read import Volume
-from sparsemae.errors import OutOfMemoryError, UserError
+from sparsemae.errors import UserError
 from sparsemae.files import TEMPORARY
 from sparsemae.live import LiveLine, say
 from sparsemae.models.resenc import ResEncUNet
@@ -28,6 +28,7 @@ from sparsemae.predicting.write import label_dtype, write_like
 from sparsemae.segmentation.dataset import SegCase, read_dataset
 from sparsemae.segmentation.prepare import prepare_case
 from sparsemae.segmentation.reading import read_channels
+from sparsemae.training.memory import memory_explained
 from sparsemae.training.ranks import pick_device
 
 __all__ = ["Predictions", "predict"]
@@ -129,7 +130,7 @@ def predict(
                     raise _StoppedError
 
             try:
-                with _memory_explained(case):
+                with memory_explained(partial(_memory_advice, case.id)):
                     work.predict(case, on_window)
             except _StoppedError:
                 done.stopped = True
@@ -221,15 +222,11 @@ class _StoppedError(Exception):
     """A stop was asked for in the middle of a case."""
 
 
-@contextlib.contextmanager
-def _memory_explained(case: SegCase) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"{case.id}: the GPU's memory is full: sum up on the host with --sums-on cpu, or "
-            f"predict with fewer runs at a time"
-        ) from error
+def _memory_advice(case: str, where: str) -> str:
+    return (
+        f"{case}: out of memory ({where}): sum up on the host with --sums-on cpu, or predict with "
+        f"fewer runs at a time"
+    )
 
 
 @contextlib.contextmanager

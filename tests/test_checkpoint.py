@@ -17,11 +17,11 @@ from sparsemae.checkpoint import (
     load_model,
     load_optimizer,
     model_tensors,
-    sealed,
     take_snapshot,
     write_checkpoint,
 )
 from sparsemae.errors import DivergedError, UserError
+from sparsemae.files import sealed
 from sparsemae.models.resenc import ResEncUNet
 from sparsemae.training.optimizer import make_optimizer
 from sparsemae.training.options import TrainConfig

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Float, Int, Int32, Shaped
 
 from sparsemae.data.storing.frame import read_array, write_array
-from sparsemae.data.storing.stored import StoredFile
+from sparsemae.data.storing.stored import StoredFile, tuples
 from sparsemae.errors import UserError
-from sparsemae.files import sync_folder, write_atomically
+from sparsemae.files import sealed, sync_folder, write_atomically
 from sparsemae.segmentation.prepare import PreparedCase
 
 FORMAT, VERSION, INDEX = "sparsemae-labelled-store", 1, "index.json"
@@ -64,7 +64,7 @@ class LabelledStore:
         """Read the index; `UserError` if it is missing or damaged."""
         try:
             raw = json.loads((path / INDEX).read_text())
-            if raw["format"] != FORMAT or raw["version"] != VERSION or _seal(raw) != raw["sha256"]:
+            if raw["format"] != FORMAT or raw["version"] != VERSION or sealed(raw) != raw:
                 raise ValueError
             cases = tuple(_case(entry) for entry in raw["cases"])
             return cls(path, cases, raw["made"], _fingerprint(cases, raw["made"]))
@@ -155,7 +155,7 @@ def write_index(store: Path, cases: Sequence[StoredCase], made: dict[str, Any]) 
         "cases": [asdict(case) for case in ordered],
     }
     raw = json.loads(json.dumps(raw))
-    text = json.dumps(raw | {"sha256": _seal(raw)}, indent=1)
+    text = json.dumps(sealed(raw), indent=1)
     write_atomically(store / INDEX, text.encode())
 
 
@@ -171,19 +171,10 @@ def _case(raw: dict[str, Any]) -> StoredCase:
     def stored(value):
         return None if value is None else StoredFile(**value)
 
-    fields = {key: _tuples(value) for key, value in raw.items()}
+    fields = {key: tuples(value) for key, value in raw.items()}
     fields["images"] = tuple(stored(value) for value in raw["images"])
     fields |= {key: stored(raw[key]) for key in ("labels", "locations")}
     return StoredCase(**fields)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def _seal(raw: dict[str, Any]) -> str:
-    body = {key: value for key, value in raw.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
 def _fingerprint(cases: Sequence[StoredCase], made: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsemae.errors import LoaderError, RankError, UserError
 from sparsemae.training.guard import Guard, LossScale
-from sparsemae.training.memory import memory_explained
+from sparsemae.training.memory import memory_explained, step_advice
 from sparsemae.training.optimizer import Ema, step_unless
 from sparsemae.training.options import TrainConfig, autocast
 from sparsemae.training.randomness import seed_step, seeds_restored
@@ -99,7 +99,8 @@ def fit(
     """
     loop = _Loop(state, loss_of, batches, config, ranks, on_step, save)
     state.model.train()
-    with seeds_restored(), memory_explained(state), contextlib.closing(loop):
+    explained = memory_explained(lambda where: step_advice(state.step, where))
+    with seeds_restored(), explained, contextlib.closing(loop):
         return loop.run(stop, seed)
 
 

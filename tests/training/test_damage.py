@@ -12,8 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from sparsemae.checkpoint import load_checkpoint, sealed
+from sparsemae.checkpoint import load_checkpoint
 from sparsemae.errors import UserError
+from sparsemae.files import sealed
 
 NEWEST, BEFORE = "step-00000024", "step-00000020"
 

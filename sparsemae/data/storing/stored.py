@@ -64,7 +64,7 @@ class Case:
 
 def case_from(raw: dict[str, Any]) -> Case:
     """A case from `dataclasses.asdict` of it, also by way of JSON; TypeError if it is none."""
-    fields = {name: _tuples(value) for name, value in raw.items()}
+    fields = {name: tuples(value) for name, value in raw.items()}
     if fields.get("excluded") is not None:
         fields["excluded"] = StoredFile(**fields["excluded"])
     return Case(**fields)
@@ -128,9 +128,9 @@ class Cases(Sequence[Case]):
         return zip(self._starts.tolist(), self._stops.tolist(), strict=True)
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
     """JSON's lists as tuples, so that a case read back equals the case written."""
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+    return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:
