@@ -8,7 +8,7 @@ from rich.console import Console
 
 from sparsemae.data.codes import one_line
 from sparsemae.data.finding.nnunet import DESCRIPTION
-from sparsemae.data.making.workers import Lost, run_jobs
+from sparsemae.data.making.workers import Lost, processes, run_jobs
 from sparsemae.errors import UserError
 from sparsemae.evaluation.cases import Job, Scored, find_pairs, score_pair
 from sparsemae.evaluation.metrics import Score, score_case
@@ -146,10 +146,9 @@ def _by_number(
 def _run(jobs: list[Job], workers: int, console: Console) -> list[Scored]:
     """All jobs done, in their order."""
     found: dict[str, Scored] = {}
-    processes = 0 if workers == 1 else min(workers, len(jobs))
     with LiveLine(console, "cases", total=len(jobs), transient=True, at_once=False) as line:
         warned = 0
-        for job, scored in run_jobs(score_pair, jobs, processes):
+        for job, scored in run_jobs(score_pair, jobs, processes(workers, len(jobs))):
             case = job.pair.case
             if isinstance(scored, Lost):
                 raise UserError(f"{case}: {scored.reason}; use fewer --workers")

@@ -99,11 +99,16 @@ def finetune(
         if first.train.tensorboard:
             require_tensorboard()
 
+        network: ResEncUNet | None = None  # of rank 0; the others begin with an equal one
+
         def prepare() -> _Ready | None:
+            nonlocal network
             settled = settle(FinetuneConfig, run, config, overrides, resume=resume)
             stack.enter_context(claimed(run, resume=resume))
             options = {"store": store, "workers": workers, "ranks": ranks}
-            return _prepared(dataset, run, settled, console=shown, stop=stop, **options)
+            found = _prepared(dataset, run, settled, console=shown, stop=stop, **options)
+            ready, network = found or (None, None)
+            return ready
 
         ready = ranks.shared(prepare)
         if ready is None:
@@ -111,7 +116,10 @@ def finetune(
         if prepare_only:
             return Outcome(ready.store, 0, 0)
         try:
-            pretrained = read_pretrained(Path(ready.config.init)) if ready.begins else None
+            if network is None:
+                pretrained = read_pretrained(Path(ready.config.init)) if ready.begins else None
+                classes = len(ready.target.classes)
+                network, _ = start_network(ready.config, ready.plan, classes, pretrained)
             opened = LabelledStore.open(ready.store)
             train, held_out = opened.only(ready.target.train), opened.only(ready.target.val)
         except UserError as error:
@@ -119,9 +127,6 @@ def finetune(
                 raise
             # rank 0 could: it is on another machine, and this is the one that has to say it
             raise LoaderError(f"rank {ranks.rank}, unlike rank 0: {error}") from None
-        network, _ = start_network(
-            *(ready.config, ready.plan, len(ready.target.classes)), pretrained
-        )
         network = network.to(ranks.device)
         objective = Segmentation(
             *(ready.config, ready.plan, ready.target.classes, train, held_out, network, ranks)
@@ -167,7 +172,7 @@ def _prepared(
     ranks: Ranks,
     console: Console,
     stop: Callable[[], int],
-) -> _Ready | None:
+) -> tuple[_Ready, ResEncUNet] | None:
     """Everything before the first step; None if it was stopped."""
 
     def stopped() -> bool:
@@ -195,13 +200,13 @@ def _prepared(
             return None
         say(console, _told(plan, target))
     check_batch(config, plan, ranks.world_size)
-    _, table = start_network(config, plan, len(dataset.classes), pretrained)
+    network, table = start_network(config, plan, len(dataset.classes), pretrained)
     if table is not None:  # before the long work: it may be that nothing fits
         console.print(table.table())
         say(console, table.summary())
     prepared = prepare_store(
         *(dataset, plan, folder),
-        workers=0 if workers == 1 else workers,
+        workers=workers,
         console=console,
         stopped=stopped,
     )
@@ -211,7 +216,7 @@ def _prepared(
     write_atomically(run / PLAN, text.encode())
     start = {"init": config.init, "transfer": None if table is None else table.summary()}
     keep_task(run, target, start | {"prepared": str(folder.resolve())})
-    return _Ready(config, plan, target, prepared.path, begins)
+    return _Ready(config, plan, target, prepared.path, begins), network
 
 
 def _target(run: Path, dataset: Dataset, config: FinetuneConfig) -> Target:

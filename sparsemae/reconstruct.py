@@ -17,7 +17,7 @@ from sparsemae.data.transforms import Prepared, prepare
 from sparsemae.errors import UserError
 from sparsemae.models.mae import SparseMAE
 from sparsemae.pretrain import load_run
-from sparsemae.reporting.planes import plane_figure
+from sparsemae.reporting.planes import plane_figure, three_planes
 
 Triple = tuple[int, int, int]
 
@@ -105,11 +105,7 @@ def draw(
     hidden = np.where(masked, np.nan, original)
     columns = {"original": original, "masked": hidden, "reconstruction": restored}
     spacing = np.linalg.norm(prepared.affine[:3, :3], axis=0)
-    rows = []
-    for plane, axis in (("axial", 2), ("coronal", 1), ("sagittal", 0)):
-        across, up = (a for a in range(3) if a != axis)
-        planes = {title: v.take(v.shape[axis] // 2, axis) for title, v in columns.items()}
-        rows.append((plane, spacing[up] / spacing[across], planes))
+    rows = three_planes(columns, spacing, [n // 2 for n in original.shape])
     plane_figure(rows, (low, high), (9, 9)).savefig(path, dpi=110)
 
 

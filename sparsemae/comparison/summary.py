@@ -92,19 +92,12 @@ def as_csv(found: Sequence[Block]) -> str:
 
 def tables(block: Block) -> Iterator[Table]:
     """Methods over all data sets of a block, then data set by data set; Dice in percent."""
-    numbers, baseline = block.statistics, block.methods[0]
     over = Table(title=title(block), title_justify="left")
     over.add_column("method")
-    for heading in ("mean Dice, %", "mean rank", f"minus {baseline}"):
+    for heading in ("mean Dice, %", "mean rank", f"minus {block.methods[0]}"):
         over.add_column(heading, justify="right")
-    for m in order(block):
-        difference = percent(numbers.differences[m], sign=True) if m else ""
-        over.add_row(
-            block.methods[m],
-            percent(numbers.mean_dice[m]),
-            ranked(numbers.mean_rank[m]),
-            difference,
-        )
+    for row in method_rows(block):
+        over.add_row(*row)
     yield over
     each = Table(title=f"{block.role}: mean Dice, %", title_justify="left")
     each.add_column("data set")
@@ -112,9 +105,23 @@ def tables(block: Block) -> Iterator[Table]:
     for method in block.methods:
         each.add_column(method, justify="right")
     for i, dataset in enumerate(block.datasets):
-        values = [f"{100 * estimate.value:.2f}" for estimate in numbers.dice[i]]
+        values = [f"{100 * estimate.value:.2f}" for estimate in block.statistics.dice[i]]
         each.add_row(dataset.name, str(len(dataset.cases)), *values)
     yield each
+
+
+def method_rows(block: Block) -> list[tuple[str, str, str, str]]:
+    """Name, mean Dice, mean rank and difference to the first of every method, the best first."""
+    numbers = block.statistics
+    return [
+        (
+            block.methods[m],
+            percent(numbers.mean_dice[m]),
+            ranked(numbers.mean_rank[m]),
+            percent(numbers.differences[m], sign=True) if m else "",
+        )
+        for m in order(block)
+    ]
 
 
 def title(block: Block) -> str:

@@ -7,7 +7,7 @@ from sparsemae.comparison.plots import difference_plot, drawn, embedded
 from sparsemae.comparison.scores import Collected
 from sparsemae.comparison.statistics import ALPHA, LEVEL, RESAMPLES
 from sparsemae.comparison.suite import Suite
-from sparsemae.comparison.summary import Block, order, percent, ranked, title
+from sparsemae.comparison.summary import Block, method_rows, title
 from sparsemae.reporting.page import listing, page, settings, text, tile
 
 _STYLE = """
@@ -62,16 +62,7 @@ def _block(block: Block, diagram: bytes) -> Iterator[str]:
     what = "Development sets" if block.role == "development" else "Test sets"
     yield f'<h2>{what}</h2><p class="soft">{title(block)}</p>'
     heads = ("mean Dice, %", "mean rank", f"Dice minus {names[0]}")
-    rows = [
-        (
-            names[m],
-            percent(numbers.mean_dice[m]),
-            ranked(numbers.mean_rank[m]),
-            percent(numbers.differences[m], sign=True) if m else "",
-        )
-        for m in order(block)
-    ]
-    yield _table(("method", *heads), rows)
+    yield _table(("method", *heads), method_rows(block))
     yield embedded(diagram, f"mean ranks on {block.role} sets")
     yield "<h3>Data set by data set: mean Dice, %, and rank</h3>"
     rows = []

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from sparsemae.config import Size, Strict
 from sparsemae.data.codes import VolumeError, one_line
-from sparsemae.data.making.workers import Lost, run_jobs
+from sparsemae.data.making.workers import Lost, processes, run_jobs
 from sparsemae.errors import UserError
 from sparsemae.live import LiveLine
 from sparsemae.planning.plan import Intensities, Spacing
@@ -93,8 +93,8 @@ def take_fingerprint(
     examine = partial(_examine, classes=dataset.classes)
     found: dict[str, _Examined | str] = {}
     with LiveLine(console or Console(quiet=True), "cases read", total=len(cases)) as line:
-        processes = workers if workers > 1 else 0
-        for case, result in run_jobs(examine, cases, processes, stopped=stopped):
+        results = run_jobs(examine, cases, processes(workers, len(cases)), stopped=stopped)
+        for case, result in results:
             lost = isinstance(result, Lost)
             found[case.id] = f"{case.images[0]}: {result.reason}" if lost else result
             unfit = sum(isinstance(r, str) for r in found.values())

@@ -5,12 +5,10 @@ from pathlib import Path
 
 from sparsemae.data.codes import one_line
 from sparsemae.data.finding.place import split_channel
-from sparsemae.data.finding.scan import split_suffix
+from sparsemae.data.finding.scan import split_suffix, volumes
 from sparsemae.data.read import SUFFIXES
 from sparsemae.errors import UserError
 from sparsemae.segmentation.dataset import SegCase
-
-_HALVES = (".img", ".img.gz")  # of a pair: read with its header
 
 
 def find_cases(source: Path, channels: tuple[str, ...]) -> list[SegCase]:
@@ -25,7 +23,7 @@ def find_cases(source: Path, channels: tuple[str, ...]) -> list[SegCase]:
     if source.is_file():
         files = [source]
     elif source.is_dir():
-        files = sorted(p for p in source.iterdir() if _is_volume(p))
+        files = [source / name for name in sorted(volumes(os.listdir(source)))]
     else:
         raise UserError(one_line(f"{source}: no such file or folder; check the path"))
     if not files:
@@ -33,11 +31,6 @@ def find_cases(source: Path, channels: tuple[str, ...]) -> list[SegCase]:
             one_line(f"{source}: no volumes in it ({', '.join(SUFFIXES)}); name the folder of them")
         )
     return [SegCase(case, paths) for case, paths in _grouped(files, channels).items()]
-
-
-def _is_volume(path: Path) -> bool:
-    name = path.name.lower()
-    return name[0] != "." and name.endswith(tuple(SUFFIXES)) and not name.endswith(_HALVES)
 
 
 def _grouped(files: list[Path], channels: tuple[str, ...]) -> dict[str, tuple[Path, ...]]:

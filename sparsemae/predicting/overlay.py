@@ -7,7 +7,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sparsemae.files import write_atomically
-from sparsemae.reporting.palette import OPACITY, class_colours, draw_legend
+from sparsemae.reporting.palette import class_colours, coloured, draw_legend
+from sparsemae.reporting.planes import plane_figure, three_planes
+from sparsemae.reporting.scaling import grey
 
 
 def draw_overlay(
@@ -17,37 +19,25 @@ def draw_overlay(
     names: tuple[str, ...],
     path: Path,
 ) -> None:
-    """Draw the planes through the middle of what was found, the image above and with classes below.
+    """Draw three planes through the middle of what was found, without and with the classes.
 
     Args:
         image, labels: On one grid, RAS.
         names: Of the classes, by number.
     """
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state
-
     centre = np.array(labels.shape) // 2
     if labels.any():
         centre = np.median(np.argwhere(labels), axis=0).astype(int)
-    low, high = np.percentile(image, (0.5, 99.5))
     colours = class_colours(len(names))
-    figure = Figure(figsize=(11, 7.6), facecolor="black", layout="constrained")
-    for column, (plane, axis) in enumerate((("axial", 2), ("coronal", 1), ("sagittal", 0))):
-        across, up = (a for a in range(3) if a != axis)
-        grey, classes = (v.take(centre[axis], axis).T for v in (image, labels))
-        for row in range(2):
-            axes = figure.add_subplot(2, 3, 3 * row + column + 1)
-            shape = {"origin": "lower", "aspect": spacing[up] / spacing[across]}
-            axes.imshow(grey, cmap="gray", vmin=low, vmax=high, **shape)
-            if row:
-                found = np.ma.masked_equal(classes, 0)
-                limits = {"vmin": -0.5, "vmax": len(names) - 0.5, "interpolation": "nearest"}
-                axes.imshow(found, cmap=ListedColormap(colours), alpha=OPACITY, **limits, **shape)
-            else:
-                axes.set_title(plane, color="white")
-            axes.set_axis_off()
-    shown = [k for k in range(1, len(names)) if (labels == k).any()]
-    draw_legend(figure, names, colours, shown)
+    low, high = np.percentile(image, (0.5, 99.5))
+    rows = []
+    volumes = {"image": image, "classes": labels}
+    for name, aspect, planes in three_planes(volumes, spacing, centre):
+        plain = grey(planes["image"], low, high)
+        found = coloured(plain, planes["classes"], colours)
+        rows.append((name, aspect, {"image": plain, "prediction": found}))
+    figure = plane_figure(rows, (0, 255), (6.4, 9.6))
+    draw_legend(figure, names, colours, [k for k in range(1, len(names)) if (labels == k).any()])
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
+    figure.savefig(file, format="png", dpi=110)
     write_atomically(path, file.getvalue())

@@ -12,6 +12,25 @@ if TYPE_CHECKING:
 HIDDEN = "#30343b"  # where a plane has NaN: a masked voxel
 
 
+def three_planes(
+    volumes: Mapping[str, Float[ndarray, "D H W *rgb"]],
+    spacing: Sequence[float],
+    centre: Sequence[int],
+) -> list[tuple[str, float, dict[str, ndarray]]]:
+    """Rows for `plane_figure`: the axial, coronal and sagittal plane through a voxel of volumes.
+
+    Args:
+        volumes: By title, on one grid in RAS.
+        spacing: mm.
+    """
+    rows = []
+    for name, axis in (("axial", 2), ("coronal", 1), ("sagittal", 0)):
+        across, up = (a for a in range(3) if a != axis)
+        planes = {title: v.take(centre[axis], axis) for title, v in volumes.items()}
+        rows.append((name, spacing[up] / spacing[across], planes))
+    return rows
+
+
 def plane_figure(
     rows: Sequence[tuple[str, float, Mapping[str, Float[ndarray, "across up *rgb"]]]],
     limits: tuple[float, float],

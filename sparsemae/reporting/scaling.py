@@ -8,14 +8,16 @@ Triple = tuple[int, int, int]
 
 def greys(*some: Float[np.ndarray, "N D H W"]) -> tuple[UInt8[np.ndarray, "N D H W"], ...]:
     """Volumes in 8 bits, each case on the grey scale of its first."""
-    low, high = np.percentile(some[0], (0.5, 99.5), axis=(1, 2, 3))
-    scale = 255 / np.maximum(high - low, 1e-6)
+    low, high = np.percentile(some[0], (0.5, 99.5), axis=(1, 2, 3))[..., None, None, None]
+    return tuple(grey(volumes, low, high) for volumes in some)
 
-    def grey(volume: np.ndarray) -> np.ndarray:
-        scaled = (volume - low[:, None, None, None]) * scale[:, None, None, None]
-        return np.nan_to_num(scaled).clip(0, 255).round().astype(np.uint8)
 
-    return tuple(map(grey, some))
+def grey(
+    some: Float[np.ndarray, "*shape"], low: float | np.ndarray, high: float | np.ndarray
+) -> UInt8[np.ndarray, "*shape"]:
+    """8 bits, black at `low` and white at `high`."""
+    scaled = (some - low) * (255 / np.maximum(high - low, 1e-6))
+    return np.nan_to_num(scaled).clip(0, 255).round().astype(np.uint8)
 
 
 def factors(shape: Triple, block_size: Triple, most: int) -> Triple:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from sparsemae.data.codes import VolumeError, one_line
 from sparsemae.data.making.case import stamp_of_files
-from sparsemae.data.making.workers import Lost, run_jobs
+from sparsemae.data.making.workers import Lost, processes, run_jobs
 from sparsemae.errors import UserError
 from sparsemae.files import TEMPORARY, locked
 from sparsemae.live import LiveLine, say
@@ -59,7 +59,7 @@ def prepare_store(
     plan: Plan,
     folder: Path,
     *,
-    workers: int = 0,
+    workers: int = 1,
     console: Console | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> LabelledStore | None:
@@ -69,7 +69,7 @@ def prepare_store(
     first.
 
     Args:
-        workers: Processes; 0 works in this one.
+        workers: Processes; 1 works in this one.
         stopped: Asked between cases and while waiting; None is returned once it is True.
 
     Raises:
@@ -109,7 +109,7 @@ def prepare_store(
             LiveLine(console, "preparing", total=len(jobs)) as line,
             _kept(store, kept, made) as keep,
         ):
-            outcomes = run_jobs(_prepare, jobs, min(workers, len(jobs)), stopped=stopped)
+            outcomes = run_jobs(_prepare, jobs, processes(workers, len(jobs)), stopped=stopped)
             for done, (job, outcome) in enumerate(outcomes, start=1):
                 if isinstance(outcome, StoredCase):
                     kept[job.case.id] = outcome

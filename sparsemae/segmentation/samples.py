@@ -12,7 +12,7 @@ from jaxtyping import Float, Float32, Int
 
 from sparsemae.data.loading.affine import AugmentConfig, Draw, draw, needed_box
 from sparsemae.data.loading.order import case_of, generator_of
-from sparsemae.data.loading.samples import case_named, grid_tables
+from sparsemae.data.loading.samples import begin_range, case_named, cut_out
 from sparsemae.segmentation.intensity import IntensityDraw, draw_intensity
 from sparsemae.segmentation.library import LibraryAugmentation, slice_axis
 from sparsemae.segmentation.store import LabelledStore, StoredCase
@@ -90,9 +90,7 @@ class LabelledReader:
 
     def begin(self, case: StoredCase, sample: int, random: Float[np.ndarray, "5"]) -> np.ndarray:
         """The case's voxel that is the patch's first; negative where the case is smaller."""
-        room = np.subtract(case.shape, self.patch_size)
-        least = np.where(room < 0, -(-room // 2), 0)
-        most = np.where(room < 0, least, room)
+        least, most = begin_range(case.shape, self.patch_size)
         sure, known = sample % self.batch_size >= self.anywhere, self.ignores
         there = np.flatnonzero(case.counts[: len(case.counts) - known])
         if (sure and len(there)) or (known and case.counts[-1]):
@@ -112,19 +110,14 @@ class LabelledReader:
         transform = Draw((False,) * 3, None)
         if self.vary == PLAIN:
             transform = draw(rng, self.augment, case.spacing, slices=self.slices)
-        matrix, grid = transform.matrix, None
-        start, stop, _ = needed_box(begin, self.patch_size, matrix, case.shape)
-        corner = tuple(a - b for a, b in zip(start, begin.tolist(), strict=True))
-        if matrix is not None:
-            size = tuple(b - a for a, b in zip(start, stop, strict=True))
-            grid = grid_tables(self.patch_size, matrix, corner, size)
+        cut = cut_out(begin, self.patch_size, transform, case.shape)
         return LabelledSample(
             case=case.id,
-            voxels=self.store.read_image(case, start, stop),
-            labels=self.store.read_labels(case, start, stop),
-            corner=corner,
+            voxels=self.store.read_image(case, cut.start, cut.stop),
+            labels=self.store.read_labels(case, cut.start, cut.stop),
+            corner=cut.corner,
             flips=transform.flips,
-            grid=grid,
+            grid=cut.grid,
             intensity=draw_intensity(rng, self.masked) if self.vary == PLAIN else None,
         )
 

@@ -7,7 +7,7 @@ scaled as the least box its interpolation touches. `augment.assemble` makes patc
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
@@ -101,21 +101,16 @@ class SampleReader:
         transform = Draw((False,) * 3, None)
         if self.augment is not None:
             transform = draw(rng, self.augment, case.spacing)
-        matrix, grid = transform.matrix, None
-        start, stop, beyond = needed_box(begin, self.patch_size, matrix, case.shape)
-        corner = tuple(a - b for a, b in zip(start, begin.tolist(), strict=True))
-        if matrix is not None:
-            size = tuple(b - a for a, b in zip(start, stop, strict=True))
-            grid = grid_tables(self.patch_size, matrix, corner, size)
+        cut = cut_out(begin, self.patch_size, transform, case.shape)
         return Sample(
             case=case.id,
             background=case.background,
-            voxels=self.store.read_box(case, start, stop)[0],
-            excluded=self._excluded(case, start, stop),
-            corner=corner,
+            voxels=self.store.read_box(case, cut.start, cut.stop)[0],
+            excluded=self._excluded(case, cut.start, cut.stop),
+            corner=cut.corner,
             flips=transform.flips,
-            grid=grid,
-            beyond=beyond,
+            grid=cut.grid,
+            beyond=cut.beyond,
         )
 
     def _excluded(
@@ -128,9 +123,7 @@ class SampleReader:
 
     def _begin(self, case: Case, random: Float[np.ndarray, "5"]) -> Int[np.ndarray, "3"]:
         """The volume's voxel that is the patch's first; negative where the volume is smaller."""
-        room = np.subtract(case.shape, self.patch_size)
-        least = np.where(room < 0, -(-room // 2), 0)
-        most = np.where(room < 0, least, room)
+        least, most = begin_range(case.shape, self.patch_size)
         if random[3] < self.foreground and case.foreground:
             blocks = BLOCK * np.argwhere(decode_blocks(case.foreground, case.shape))
             half = np.floor_divide(self.patch_size, 2)
@@ -141,6 +134,34 @@ class SampleReader:
                 chosen = able[int(random[4] * len(able))]
                 least, most = low[chosen] - half, high[chosen] - half
         return least + np.floor(random[:3] * (most - least + 1)).astype(int)
+
+
+def begin_range(shape: Triple, patch_size: Triple) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest first voxel of a patch; of a smaller volume what centres it."""
+    room = np.subtract(shape, patch_size)
+    least = np.where(room < 0, -(-room // 2), 0)
+    return least, np.where(room < 0, least, room)
+
+
+class Cut(NamedTuple):
+    """What of a volume a patch is made of, and how."""
+
+    start: Triple
+    stop: Triple
+    corner: Triple  # as in `Sample`, like the others
+    grid: Float32[np.ndarray, "3 D+H+W"] | None
+    beyond: bool
+
+
+def cut_out(begin: Int[np.ndarray, "3"], patch_size: Triple, transform: Draw, shape: Triple) -> Cut:
+    """The box of a volume of `shape` for a patch that begins at `begin` until it is transformed."""
+    matrix, grid = transform.matrix, None
+    start, stop, beyond = needed_box(begin, patch_size, matrix, shape)
+    corner = tuple(a - b for a, b in zip(start, begin.tolist(), strict=True))
+    if matrix is not None:
+        size = tuple(b - a for a, b in zip(start, stop, strict=True))
+        grid = grid_tables(patch_size, matrix, corner, size)
+    return Cut(start, stop, corner, grid, beyond)
 
 
 @contextlib.contextmanager

@@ -68,6 +68,11 @@ class _Worker(Generic[Job]):
         self.pipe.close()
 
 
+def processes(workers: int, jobs: int) -> int:
+    """How many to give to `run_jobs` where a single worker is this process."""
+    return 0 if workers == 1 else min(workers, jobs)
+
+
 def run_jobs(
     function: Callable[[Job], Result],
     jobs: Iterable[Job],
