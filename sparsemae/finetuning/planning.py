@@ -11,7 +11,7 @@ from sparsemae.errors import UserError
 from sparsemae.files import write_atomically
 from sparsemae.finetuning.config import FinetuneConfig
 from sparsemae.live import say
-from sparsemae.models.masking import nearest_multiples
+from sparsemae.models.masking import check_patch
 from sparsemae.planning.fingerprint import Fingerprint, take_fingerprint
 from sparsemae.planning.like_pretrained import Reference, plan_like_pretrained
 from sparsemae.planning.nnunet_plans import read_plans
@@ -105,13 +105,7 @@ def _from_file(config: FinetuneConfig, dataset: Dataset) -> Plan:
         if (value := getattr(config.data, key)) is not None
     }
     plan = plans.plan.model_copy(update=update)
-    total = plan.topology.total_stride
-    if any(p % t for p, t in zip(plan.patch_size, total, strict=True)):
-        below, above = nearest_multiples(plan.patch_size, total)
-        raise UserError(
-            f"data.patch_size {plan.patch_size} does not divide by the total stride {total} of the "
-            f"network in {path}: the nearest valid sizes are {below} and {above}"
-        )
+    check_patch(plan.patch_size, plan.topology.total_stride)
     return plan
 
 

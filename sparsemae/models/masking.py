@@ -80,6 +80,21 @@ def check_grid(patch_size: Triple, block_size: Triple, mask_ratio: float) -> Tri
     return grid
 
 
+def check_patch(patch_size: Triple, total: Triple) -> None:
+    """Refuse `data.patch_size` where a network of that total stride cannot work on it."""
+    if any(p % t for p, t in zip(patch_size, total, strict=True)):
+        below, above = nearest_multiples(patch_size, total)
+        raise UserError(
+            f"data.patch_size {patch_size} does not divide by the network's total stride {total}: "
+            f"the nearest valid sizes are {below} and {above}"
+        )
+    if tuple(patch_size) == tuple(total):
+        raise UserError(
+            f"data.patch_size {patch_size} leaves one voxel at the bottleneck, which instance "
+            f"norm cannot normalise: use at least {tuple(2 * t for t in total)}"
+        )
+
+
 def nearest_multiples(size: Triple, unit: Triple) -> tuple[Triple, Triple]:
     """The whole multiples of `unit` around `size`, at least one unit, per axis."""
     axes = list(zip(size, unit, strict=True))

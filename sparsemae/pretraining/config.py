@@ -13,7 +13,7 @@ from sparsemae.errors import UserError
 from sparsemae.kernels import registry
 from sparsemae.kinds import PRETRAINING
 from sparsemae.models.mae import SparseMAE
-from sparsemae.models.masking import check_decode, check_grid, nearest_multiples
+from sparsemae.models.masking import check_decode, check_grid, check_patch
 from sparsemae.models.resenc import ResEncUNet
 from sparsemae.models.topology import PRESETS
 from sparsemae.training.options import RESUMABLE, TrainConfig, check_train, without
@@ -126,7 +126,7 @@ def build_mae(config: PretrainConfig) -> SparseMAE:
         )
     for head in network.decoder.seg_layers[:-1]:
         head.requires_grad_(False)  # of deep supervision: the finest alone is scored
-    _check_patch(config.data.patch_size, network)
+    check_patch(config.data.patch_size, network.total_stride)
     for ratio in config.mask.range:
         grid = check_grid(config.data.patch_size, mae.block_size, ratio)
         if config.sparse:
@@ -140,21 +140,6 @@ def _check_train(config: TrainConfig) -> None:
         raise UserError(
             "train.schedule sawtooth: it protects a pre-trained encoder, so it is for fine-tuning; "
             "choose poly, cosine or constant"
-        )
-
-
-def _check_patch(patch_size: tuple[int, int, int], network: ResEncUNet) -> None:
-    total = network.total_stride
-    if any(p % t for p, t in zip(patch_size, total, strict=True)):
-        below, above = nearest_multiples(patch_size, total)
-        raise UserError(
-            f"data.patch_size {patch_size} does not divide by the network's total stride {total}: "
-            f"the nearest valid sizes are {below} and {above}"
-        )
-    if tuple(patch_size) == tuple(total):
-        raise UserError(
-            f"data.patch_size {patch_size} leaves one voxel at the bottleneck, which instance "
-            f"norm cannot normalise: use at least {tuple(2 * t for t in total)}"
         )
 
 
