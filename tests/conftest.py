@@ -20,6 +20,9 @@ SERVER = Path(__file__).with_name("fork_server.py")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported: they run on the CPU then
 
+# a shell that starts tests in the background has them ignore Ctrl-C, and every command they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

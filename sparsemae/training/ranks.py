@@ -7,6 +7,7 @@ rank waits for one that has ended.
 
 import contextlib
 import datetime
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -112,6 +113,7 @@ def join_ranks(device: str, *, timeout: float = 600.0) -> Iterator[Ranks]:
     chosen = pick_device(device, local)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    _bind_defaults()
     wait = datetime.timedelta(seconds=timeout)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
     name = meet(store, rank, world_size, timeout=timeout)
@@ -126,6 +128,16 @@ def join_ranks(device: str, *, timeout: float = 600.0) -> Iterator[Ranks]:
     yield Ranks(chosen, rank, world_size)
     # not after an error: it might wait for a rank that has ended
     dist.destroy_process_group()
+
+
+def _bind_defaults() -> None:
+    """Import what takes the group of its first import for a default, while there is none yet.
+
+    DistributedDataParallel imports it otherwise, and keeps the group and its threads for ever. Such
+    a thread that lets go of a tensor while Python ends aborts the process, after the run is done
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    importlib.import_module("torch.distributed.nn.functional")
 
 
 @contextlib.contextmanager
