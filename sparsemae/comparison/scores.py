@@ -1,6 +1,6 @@
 """Scores of finished jobs, and what of them can be compared: what all methods have done."""
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from sparsemae.comparison.jobs import Job
 from sparsemae.comparison.runner import FINISHED, state
 from sparsemae.data.codes import one_line
 from sparsemae.errors import UserError
+from sparsemae.evaluation.summary import read_summary
 
 _NAMED = 4  # jobs that a line names
 
@@ -56,18 +57,15 @@ def read_dice(metrics: Path) -> dict[str, float]:
     Raises:
         UserError: The file is missing or damaged.
     """
+    remedy = "remove its folder and run it again"
     try:
-        cases = json.loads(metrics.read_bytes())["cases"]
-        out = {}
-        for case, classes in cases.items():
-            values = [v["dice"] for v in classes.values() if v["dice"] is not None]
-            out[case] = float(np.mean(values)) if values else 1.0
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        out = None
-    if not out or not all(0 <= value <= 1 for value in out.values()):
-        remedy = "remove its folder and run it again"
-        raise UserError(one_line(f"{metrics}: no metrics there, or damaged; {remedy}")) from None
-    return out
+        means = read_summary(metrics).case_means()
+    except UserError:
+        means = {}
+    dice = {case: 1.0 if math.isnan(value) else value for case, value in means.items()}
+    if not dice or not all(0 <= value <= 1 for value in dice.values()):
+        raise UserError(one_line(f"{metrics}: no metrics there, or damaged; {remedy}"))
+    return dice
 
 
 def collect(jobs: Sequence[Job]) -> Collected:

@@ -103,4 +103,10 @@ def _fold(path: Path, number: int, entry: Any, known: set[str]) -> Split:
     train, val = parts
     if not train:
         raise mistake(path, f"fold {number}: train is empty; name the cases to train on")
+    if both := sorted(set(train) & set(val)):
+        raise mistake(
+            path,
+            f"fold {number}: {both[0]} is in train and in val, where it would say nothing; take "
+            f"it out of one, or use --fold all",
+        )
     return Split(train, val)

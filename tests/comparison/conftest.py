@@ -9,6 +9,8 @@ import pytest
 
 from sparsemae.comparison.jobs import grid
 from sparsemae.comparison.suite import read_suite
+from sparsemae.evaluation.metrics import Score
+from sparsemae.evaluation.summary import RECORD, CaseScores, ScoredClass, Summary, write_summary
 
 STAND_IN = """
     import json, pathlib, signal, sys, time
@@ -35,11 +37,8 @@ STAND_IN = """
     output.mkdir(parents=True, exist_ok=True)
     if stage == "evaluate":
         dataset, method, run = job.split("/")
-        gain = plan.get("gain", {}).get(method, 0.0)
-        cases = {f"case{i}": {"lesion": {"dice": 0.5 + gain + 0.01 * i, "nsd": None, "hd95": None}}
-                 for i in range(6)}
         if job not in plan.get("nothing", []):
-            (output / "metrics.json").write_text(json.dumps({"cases": cases}))
+            (output / "metrics.json").write_bytes((here / method / "metrics.json").read_bytes())
 """
 
 SUITE = """
@@ -72,6 +71,29 @@ SUITE = """
 """
 
 
+def write_dice(folder: Path, cases: dict[str, tuple[float, ...]]) -> Path:
+    """The record of an evaluation with the Dice of every class, by case."""
+    (classes,) = {len(values) for values in cases.values()}
+    other = {"nsd": 0.1, "hd95": 2.0, "prediction_ml": 1.0, "reference_ml": 1.0}
+    summary = Summary(
+        classes=tuple(
+            ScoredClass(label=i, name=f"class{i}", tolerance_mm=1.0) for i in range(1, classes + 1)
+        ),
+        ignore=None,
+        cases=tuple(
+            CaseScores(
+                case=case,
+                scores=tuple(
+                    Score(label=i, dice=dice, **other) for i, dice in enumerate(values, start=1)
+                ),
+            )
+            for case, values in cases.items()
+        ),
+    )
+    write_summary(summary, folder)
+    return folder / RECORD
+
+
 def make_dataset(path: Path, cases: int = 3) -> None:
     for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         (path / folder).mkdir(parents=True)
@@ -93,6 +115,11 @@ def suite_file(tmp_path):
     file = tmp_path / "suite.toml"
     file.write_text(textwrap.dedent(SUITE))
     return file
+
+
+@pytest.fixture(name="write_dice")
+def write_dice_fixture():
+    return write_dice
 
 
 @pytest.fixture
@@ -119,6 +146,10 @@ class StandIn:
         return sys.executable, "-S", str(self.folder / "sparsemae.py")
 
     def plan(self, **plan) -> None:
+        for method in ("scratch", "mae", "again"):
+            base = 0.5 + plan.get("gain", {}).get(method, 0.0)
+            cases = {f"case{i}": (base + 0.01 * i,) for i in range(6)}
+            write_dice(self.folder / method, cases)
         (self.folder / "plan.json").write_text(json.dumps(plan))
 
     @property

@@ -1,6 +1,6 @@
 """Scores are read as they were written; only what all methods have done is compared."""
 
-import json
+import re
 
 import numpy as np
 import pytest
@@ -9,60 +9,42 @@ from sparsemae.comparison import scores
 from sparsemae.comparison.scores import collect, read_dice
 from sparsemae.errors import UserError
 
-
-def metrics(path, cases):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"cases": cases, "definition": {}}))
+NAN = float("nan")
 
 
-def dice(*values):
-    return {f"class{i}": {"dice": v, "nsd": 0.1, "hd95": 2.0} for i, v in enumerate(values)}
-
-
-def test_a_case_is_the_mean_of_its_classes(tmp_path):
-    file = tmp_path / "metrics.json"
-    metrics(file, {"a": dice(0.5, 1.0), "b": dice(0.25, None), "c": dice(None, None), "d": dice(0)})
+def test_a_case_is_the_mean_of_its_classes(write_dice, tmp_path):
+    cases = {"a": (0.5, 1.0), "b": (0.25, NAN), "c": (NAN, NAN), "d": (0.0, NAN)}
+    file = write_dice(tmp_path, cases)
     assert read_dice(file) == {"a": 0.75, "b": 0.25, "c": 1.0, "d": 0.0}
 
 
-def test_what_evaluate_writes_is_read(tmp_path):
-    from sparsemae.evaluation.metrics import Score
-    from sparsemae.evaluation.summary import CaseScores, ScoredClass, Summary, write_summary
-
-    def score(label, value):
-        volumes = {"prediction_ml": 1.0, "reference_ml": 1.0}
-        return Score(label=label, dice=value, nsd=value, hd95=value, **volumes)
-
-    nan = float("nan")
-    cases = (("a", 0.5, 1.0), ("b", 0.25, nan), ("c", nan, nan))
-    summary = Summary(
-        classes=tuple(ScoredClass(label=i, name=f"c{i}", tolerance_mm=1.0) for i in (1, 2)),
-        ignore=None,
-        cases=tuple(CaseScores(case=c, scores=(score(1, x), score(2, y))) for c, x, y in cases),
-    )
-    write_summary(summary, tmp_path)
-    assert read_dice(tmp_path / "metrics.json") == {"a": 0.75, "b": 0.25, "c": 1.0}
-
-
-DAMAGED = ("{}", '{"a": {"x": {}}}', '{"a": 1}')
-DAMAGED += tuple(f'{{"a": {{"x": {{"dice": {dice}}}}}}}' for dice in ("NaN", "1.5", '"0.5"'))
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[]", *(f'{{"cases": {c}}}' for c in DAMAGED)])
-def test_damaged_metrics_are_refused(tmp_path, content):
-    file = tmp_path / "metrics.json"
-    file.write_text(content)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: "{}",
+        lambda text: "[]",
+        lambda text: text[:-100],
+        lambda text: text.replace("0.25", "1.5"),
+        lambda text: text.replace("0.25", '"good"'),
+        lambda text: text.replace("sparsemae evaluation", "evaluation"),
+        lambda text: re.sub(r'"cases":.*', '"cases": {}}', text, flags=re.DOTALL),
+    ],
+)
+def test_damaged_metrics_are_refused(write_dice, tmp_path, damage):
+    file = write_dice(tmp_path, {"a": (0.25,)})
+    file.write_text(damage(file.read_text()))
     with pytest.raises(UserError, match=r"metrics\.json: no metrics there, or damaged"):
         read_dice(file)
 
 
 @pytest.fixture
-def finished(jobs, monkeypatch):
+def finished(jobs, write_dice, monkeypatch):
     """Makes jobs finished with Dice by case; others are not."""
     done = {}
 
     def finish(job, cases):
-        metrics(job.metrics, {case: dice(value) for case, value in cases.items()})
+        write_dice(job.metrics.parent, {case: (value,) for case, value in cases.items()})
         done[job.id] = "finished"
 
     monkeypatch.setattr(scores, "state", lambda job: done.get(job.id, "waiting"))

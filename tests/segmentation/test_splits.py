@@ -66,6 +66,7 @@ def test_the_file_decides(dataset):
         ('[{"train": [], "val": ["case_0"]}]', "fold 0: train is empty"),
         ('[{"train": ["case_9"], "val": []}]', "fold 0: train names case_9"),
         ('[{"train": ["case_0", "case_0"], "val": []}]', "names a case twice"),
+        ('[{"train": ["case_0"], "val": ["case_1", "case_0"]}]', "case_0 is in train and in val"),
         ('[{"train": [0], "val": []}]', "train is not a list of case ids"),
     ],
 )
