@@ -1,5 +1,7 @@
 """Exceptions that a person reads: "your input, not our bug", and a run that diverged."""
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Bad input: the message is one line that names the place and the remedy.
@@ -25,3 +27,9 @@ class LoaderError(RuntimeError):
 
     The message is one line that names the case; what caused it is chained or noted.
     """
+
+
+def listed(names: Sequence[str], shown: int = 3) -> str:
+    """The first names, and how many more there are, for a message of one line."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from sparsemae.comparison.jobs import STAGES, Job, commands
 from sparsemae.data.codes import one_line
-from sparsemae.errors import UserError
+from sparsemae.errors import UserError, listed
 from sparsemae.files import is_locked, locked, write_atomically
 from sparsemae.live import LiveLine
 from sparsemae.signals import INTERRUPTED, PREEMPTED
@@ -73,12 +73,12 @@ def check_same(jobs: Sequence[Job]) -> None:
     if not others:
         return
     job, found = others[0]
+    names = listed([job.id for job, _ in others], 1)
     now, before = job.definition, found["definition"]
     keys = [key for key in now if now[key] != before.get(key)]
-    more = f" and {len(others) - 1} others" if len(others) > 1 else ""
     raise UserError(
         one_line(
-            f"job {job.id}{more}: made with another {', '.join(keys) or 'definition'}; choose "
+            f"job {names}: made with another {', '.join(keys) or 'definition'}; choose "
             f"another -o, or remove {job.folder} and {job.run}"
         )
     )

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from sparsemae.comparison.jobs import Job
 from sparsemae.comparison.runner import FINISHED, state
 from sparsemae.data.codes import one_line
-from sparsemae.errors import UserError
+from sparsemae.errors import UserError, listed
 from sparsemae.evaluation.summary import read_summary
 
 _NAMED = 4  # jobs that a line names
@@ -82,9 +82,7 @@ def collect(jobs: Sequence[Job]) -> Collected:
     missing = [f"method {m}: no job is finished; it is left out" for m in every if m not in methods]
     open_jobs = [j.id for j in jobs if j not in found and j.method.name in methods]
     if open_jobs:
-        left = len(open_jobs) - _NAMED
-        more = f" and {left} others" if left > 0 else ""
-        missing.append(f"not finished: {', '.join(open_jobs[:_NAMED])}{more}")
+        missing.append(f"not finished: {listed(open_jobs, _NAMED)}")
     datasets = []
     for name in dict.fromkeys(job.dataset.name for job in jobs):
         own = [job for job in jobs if job.dataset.name == name]

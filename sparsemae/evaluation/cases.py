@@ -1,7 +1,7 @@
 """Which prediction belongs to which reference, and the scores of one such pair of files."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from jaxtyping import Int
 from sparsemae.data.codes import Notice, one_line
 from sparsemae.data.finding.scan import preference, split_suffix, volumes
 from sparsemae.data.read import SUFFIXES, read_labels
-from sparsemae.errors import UserError
+from sparsemae.errors import UserError, listed
 from sparsemae.evaluation.metrics import Score, score_case
 from sparsemae.segmentation.dataset import Classes
 
@@ -70,15 +70,15 @@ def find_pairs(pred: Path, ref: Path, *, only_predicted: bool = False) -> list[P
     if (missing := refs.keys() - preds.keys()) and not only_predicted:
         raise UserError(
             one_line(
-                f"{pred}: no prediction of {_listed(missing)}; predict what is missing, or leave "
-                f"it out by --only-predicted"
+                f"{pred}: no prediction of {listed(sorted(missing), SHOWN)}; predict what "
+                f"is missing, or leave it out by --only-predicted"
             )
         )
     if unknown := preds.keys() - refs.keys():
         raise UserError(
             one_line(
-                f"{ref}: no reference of {_listed(unknown)}; add what is missing, or move these "
-                f"predictions elsewhere"
+                f"{ref}: no reference of {listed(sorted(unknown), SHOWN)}; add what is "
+                f"missing, or move these predictions elsewhere"
             )
         )
     return [Pair(_case(refs[name].name), preds[name], refs[name]) for name in sorted(preds)]
@@ -150,9 +150,3 @@ def _maps(folder: Path) -> dict[str, Path]:
 
 def _case(name: str) -> str:
     return one_line(split_suffix(name)[0])
-
-
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = len(ordered) - SHOWN
-    return ", ".join(ordered[:SHOWN]) + (f" and {more} more" if more > 0 else "")

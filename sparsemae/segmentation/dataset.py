@@ -14,7 +14,7 @@ from sparsemae.data.finding.entry import mistake
 from sparsemae.data.finding.nnunet import DESCRIPTION, IMAGES, channel_names, file_ending
 from sparsemae.data.finding.place import split_channel
 from sparsemae.data.finding.written import json_kind, read_json
-from sparsemae.errors import UserError
+from sparsemae.errors import UserError, listed
 
 LABELS, TEST = "labelsTr", "imagesTs"
 _LONGEST = 200  # bytes of a case's id: endings are added to it
@@ -214,10 +214,9 @@ def _is_name(case: str) -> bool:
 def _require_labels(root: Path, cases: dict[str, SegCase]) -> None:
     missing = sorted(c.label for c in cases.values() if not c.label.is_file())
     if missing:
-        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         raise UserError(
             one_line(
-                f"{missing[0]}{others}: no label map for that image; add it, or move the image out "
-                f"of {root / IMAGES}"
+                f"{listed([str(path) for path in missing], 1)}: no label map for that image; "
+                f"add it, or move the image out of {root / IMAGES}"
             )
         )

@@ -12,7 +12,7 @@ import numpy as np
 
 from sparsemae.data.finding.entry import mistake
 from sparsemae.data.finding.written import read_json_list
-from sparsemae.errors import UserError
+from sparsemae.errors import UserError, listed
 from sparsemae.segmentation.dataset import Dataset
 
 SPLITS = "splits_final.json"
@@ -93,9 +93,8 @@ def _fold(path: Path, number: int, entry: Any, known: set[str]) -> Split:
         if unknown := sorted(set(names) - known):
             raise mistake(
                 path,
-                f"fold {number}: {key} names {unknown[0]}"
-                f"{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}, which is no case "
-                f"of the data set; correct it",
+                f"fold {number}: {key} names {listed(unknown, 1)}, which is no case of the data "
+                f"set; correct it",
             )
         if len(set(names)) < len(names):
             raise mistake(path, f"fold {number}: {key} names a case twice; correct it")

@@ -125,7 +125,7 @@ def test_a_changed_method_is_refused_before_anything_runs(run, suite_file, stand
     run()
     suite_file.write_text(suite_file.read_text().replace("train.steps=10", "train.steps=20"))
     stand_in.forget()
-    with pytest.raises(UserError, match=r"stroke/mae/fold0-seed0 and 3 others: made with .* set;"):
+    with pytest.raises(UserError, match=r"stroke/mae/fold0-seed0 and 3 more: made with .* set;"):
         run()
     assert stand_in.calls == []
 

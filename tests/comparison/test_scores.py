@@ -134,4 +134,4 @@ def test_nothing_finished_compares_nothing(jobs, finished):
 
 def test_many_open_jobs_are_counted(jobs, finished):
     finish_all(jobs[:2], finished)
-    assert "and 2 others" in collect(jobs).missing[0]
+    assert "and 2 more" in collect(jobs).missing[0]

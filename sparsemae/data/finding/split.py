@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from sparsemae.data.codes import Notice
-from sparsemae.errors import UserError
+from sparsemae.errors import UserError, listed
 
 
 def split_subjects(groups: Sequence[str], fraction: float, seed: int) -> tuple[str, ...]:
@@ -63,8 +63,7 @@ def duplicate_notices(ids: Sequence[str], contents: Sequence[str]) -> dict[str, 
 
 def _others(name: str, alike: Sequence[str]) -> str:
     others = [other for other in sorted(alike) if other != name]
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return f"the same voxels as {', '.join(others[:3])}{more}; keep one of them"
+    return f"the same voxels as {listed(others)}; keep one of them"
 
 
 def _order(name: str, seed: int) -> bytes:
