@@ -15,13 +15,13 @@ def find_cases(source: Path, channels: tuple[str, ...]) -> list[SegCase]:
     """The cases of a folder by their ids, or the one that a file is.
 
     Of one channel a case is CASE.nii.gz or CASE_0000.nii.gz; of several, CASE_0000, CASE_0001, ...
-    in the order of `channels`, those the network was trained with.
+    in the order of `channels`, those the network was trained with; one of them stands for all.
 
     Raises:
         UserError: There is nothing, a channel is missing or too many, or two files are one case.
     """
     if source.is_file():
-        files = [source]
+        files = [source] if len(channels) == 1 else _siblings(source)
     elif source.is_dir():
         files = [source / name for name in sorted(volumes(os.listdir(source)))]
     else:
@@ -31,6 +31,14 @@ def find_cases(source: Path, channels: tuple[str, ...]) -> list[SegCase]:
             one_line(f"{source}: no volumes in it ({', '.join(SUFFIXES)}); name the folder of them")
         )
     return [SegCase(case, paths) for case, paths in _grouped(files, channels).items()]
+
+
+def _siblings(file: Path) -> list[Path]:
+    case, number = split_channel(split_suffix(file.name)[0])
+    if number is None:
+        return [file]
+    names = sorted(volumes(os.listdir(file.parent)))
+    return [file.parent / n for n in names if split_channel(split_suffix(n)[0])[0] == case]
 
 
 def _grouped(files: list[Path], channels: tuple[str, ...]) -> dict[str, tuple[Path, ...]]:

@@ -48,6 +48,18 @@ def test_a_single_file_is_a_case(folder):
     assert found(root / "other.nii.gz", ("T1",)) == {"other": ["other.nii.gz"]}
 
 
+def test_a_single_file_brings_its_other_channels(folder):
+    root = folder("a_0000.nii.gz", "a_0001.nrrd", "b_0000.nii.gz", "b_0001.nii.gz", "a_0002.txt")
+    for name in ("a_0000.nii.gz", "a_0001.nrrd"):
+        assert found(root / name, ("T1", "T2")) == {"a": ["a_0000.nii.gz", "a_0001.nrrd"]}
+    (root / "a_0000.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"case a has no channel 0000 \(T1\)"):
+        find_cases(root / "a_0001.nrrd", ("T1", "T2"))
+    (root / "plain.nii.gz").touch()
+    with pytest.raises(UserError, match="name the files CASE_0000 T1, CASE_0001 T2"):
+        find_cases(root / "plain.nii.gz", ("T1", "T2"))
+
+
 @pytest.mark.parametrize(
     ("names", "channels", "words"),
     [
