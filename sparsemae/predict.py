@@ -224,8 +224,8 @@ class _StoppedError(Exception):
 
 def _memory_advice(case: str, where: str) -> str:
     return (
-        f"{case}: out of memory ({where}): sum up on the host with --sums-on cpu, or predict with "
-        f"fewer runs at a time"
+        f"{case}: out of memory ({where}): predict with fewer runs at a time, or, if it is the "
+        f"GPU's, sum up on the host with --sums-on cpu"
     )
 
 

@@ -57,14 +57,15 @@ def read_dice(metrics: Path) -> dict[str, float]:
     Raises:
         UserError: The file is missing or damaged.
     """
-    remedy = "remove its folder and run it again"
     try:
         means = read_summary(metrics).case_means()
     except UserError:
         means = {}
     dice = {case: 1.0 if math.isnan(value) else value for case, value in means.items()}
     if not dice or not all(0 <= value <= 1 for value in dice.values()):
-        raise UserError(one_line(f"{metrics}: no metrics there, or damaged; {remedy}"))
+        raise UserError(
+            one_line(f"{metrics}: no metrics there, or damaged; remove its folder and run it again")
+        )
     return dice
 
 

@@ -6,11 +6,11 @@ voxels of the case, d, h, w of the box around one class.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator, ConfigDict, ValidationInfo
 from scipy import ndimage
 
 from sparsemae.config import Strict
@@ -26,7 +26,13 @@ class Measured(Strict):
     model_config = ConfigDict(allow_inf_nan=True)
 
 
-Measure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+def _measure(value: Any, info: ValidationInfo) -> Any:
+    if info.mode == "json" and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("written as null")  # by us; a file with NaN in it was changed since
+    return math.nan if value is None else value
+
+
+Measure = Annotated[float, BeforeValidator(_measure)]
 
 
 class Score(Measured):

@@ -34,15 +34,19 @@ def find_cases(source: Path, channels: tuple[str, ...]) -> list[SegCase]:
 
 
 def _siblings(file: Path) -> list[Path]:
-    case, number = split_channel(split_suffix(file.name)[0])
+    case, number = _split(file.name)
     if number is None:
         return [file]
     names = sorted(volumes(os.listdir(file.parent)))
-    return [file.parent / n for n in names if split_channel(split_suffix(n)[0])[0] == case]
+    return [file.parent / name for name in names if _split(name)[0] == case]
+
+
+def _split(name: str) -> tuple[str, int | None]:
+    return split_channel(split_suffix(name)[0])
 
 
 def _grouped(files: list[Path], channels: tuple[str, ...]) -> dict[str, tuple[Path, ...]]:
-    named = {path: split_channel(split_suffix(path.name)[0]) for path in files}
+    named = {path: _split(path.name) for path in files}
     if len(channels) == 1:  # without a channel's number, all of a name is the case's
         numbered = {case for case, number in named.values() if number == 0}
         for path, (case, number) in named.items():

@@ -134,7 +134,10 @@ def test_what_is_no_record_is_refused(summary, tmp_path):
     whole = file.read_text()
     swapped = json.loads(whole)
     swapped["classes"].reverse()
-    for text in ("", "{}", whole[:-9], whole.replace("evaluation 1", "evaluation 2")):
+    numbers = whole.replace('"dice": null', '"dice": NaN')
+    assert numbers != whole
+    other = whole.replace("evaluation 1", "evaluation 2")
+    for text in ("", "{}", whole[:-9], other, numbers):
         file.write_text(text)
         with pytest.raises(UserError, match=r"metrics.json: no record of sparsemae evaluate"):
             read_summary(file)

@@ -62,7 +62,11 @@ def test_no_rate_is_negative_or_above_the_peak(schedule):
     ("options", "words"),
     [
         ({"cuda_graphs": True}, r"^train\.cuda_graphs: not offered\. .*train\.compile"),
-        ({"warmup": 10}, r"^train\.warmup 10 leaves nothing of train\.steps 10: take fewer"),
+        (
+            {"warmup": 10},
+            r"^train\.warmup 10 leaves nothing of train\.steps 10: take fewer steps of warm-up, or "
+            r"more steps$",
+        ),
         ({"warmup": 5, "schedule": "sawtooth"}, r"^train\.warmup 5, twice with sawtooth, leaves"),
     ],
 )
