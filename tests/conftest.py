@@ -16,6 +16,7 @@ import pytest
 import torch
 
 SERVER = Path(__file__).with_name("fork_server.py")
+HOLD = Path(__file__).with_name("hold.py")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported: they run on the CPU then
@@ -187,9 +188,22 @@ class Started:
     def kill(self, signal, *, group=False):
         (os.killpg if group else os.kill)(self.pid, signal)
 
-    def within(self, work):
-        """Whether slowed "looking", "preparing", "validation" or "report" goes on."""
-        return Path(f"{self.out}.{work}").exists()
+    @property
+    def held(self):
+        """Whether it stands still where `hold` wants it to."""
+        return self._held.exists()
+
+    def reach(self):
+        """Wait until it stands still there."""
+        _until(lambda: self.held, self)
+
+    def go_on(self):
+        """Let it go on from there."""
+        self._held.unlink()
+
+    @property
+    def _held(self):
+        return Path(f"{self.out}.held")
 
     @property
     def ended(self):
@@ -221,10 +235,10 @@ class Server:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def __call__(self, *words, slow=0.0, largest=0, memory=0):
+    def __call__(self, *words, hold=None, largest=0, memory=0):
         """Start `sparsemae WORDS`; see fork_server.py."""
         out = self.folder / f"out-{next(self.number)}.txt"
-        limits = {"slow": slow, "largest": largest, "memory": memory}
+        limits = {"hold": hold, "largest": largest, "memory": memory}
         request = {"argv": [str(w) for w in words], "out": str(out), **limits}
         return Started(self, self.ask(request), out)
 
@@ -274,6 +288,29 @@ def steps_done():
 def _steps_done(run):
     log = run / "metrics.jsonl"
     return log.read_bytes().count(b'"loss"') if log.exists() else 0
+
+
+class Held:
+    """Makes processes stand still at a place of hold.py: its `words` come before the command's."""
+
+    def __init__(self, folder, place, number):
+        self.folder, self.words = folder, [HOLD, folder, place, number]
+
+    @property
+    def pids(self):
+        """Those that stand still."""
+        return {int(path.name) for path in self.folder.iterdir()}
+
+    def go_on(self):
+        """Let them go on."""
+        for path in self.folder.iterdir():
+            path.unlink()
+
+
+@pytest.fixture
+def held_at(tmp_path_factory):
+    """`held_at(place, n)`: a Held."""
+    return lambda *place: Held(tmp_path_factory.mktemp("held"), *place)
 
 
 class Agent:

@@ -88,6 +88,8 @@ def prepare_store(
     with _alone(store, console, stopped) as alone:
         if not alone:
             return None
+        for leftover in store.rglob(f"*{TEMPORARY}"):
+            leftover.unlink(missing_ok=True)
         known = _known(store, made)
         stamps = {case.id: stamp_of_case(case) for case in dataset.training}
         kept = {
@@ -102,8 +104,6 @@ def prepare_store(
         ]
         if not jobs and len(known) == len(kept):
             return LabelledStore.open(store)
-        for leftover in store.glob(f"*/*{TEMPORARY}"):
-            leftover.unlink(missing_ok=True)
         failures = []
         with (
             LiveLine(console, "preparing", total=len(jobs)) as line,

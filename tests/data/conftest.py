@@ -62,9 +62,10 @@ def sparsemae(tmp_path):
     """Start `sparsemae WORDS` in a process group of its own; everything is killed at the end."""
     started = []
 
-    def start(*words, **options):
+    def start(*words, held=None, **options):
+        program = held.words if held else ["-m", "sparsemae"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "sparsemae", *map(str, words)],
+            [sys.executable, *map(str, [*program, *words])],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -10,9 +10,9 @@ from sparsemae.data.read import read_volume
 
 
 def test_a_head_is_one_object_in_air():
-    began = time.perf_counter()
+    began = time.process_time()
     array, affine = draw_head(0)
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3
     assert (array.shape, array.dtype) == ((96, 96, 96), np.float32)
     head = array > 0
     assert 0.2 < head.mean() < 0.5  # air is exactly zero

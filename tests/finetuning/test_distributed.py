@@ -146,17 +146,16 @@ def test_a_rank_that_lacks_what_rank_0_has_says_so(tmp_path, torchrun, varied):
 
 
 def test_killed_ranks_go_on_and_end_byte_equal(
-    tmp_path, torchrun, varied, two_ranks, steps_done, run_bytes
+    tmp_path, torchrun, varied, two_ranks, run_bytes, held_at
 ):
-    run = tmp_path / "run"
-    words = sparsemae(varied(run, data__workers=2))
-    agent = torchrun(2, *words)
-    agent.until(lambda: steps_done(run) >= 5)
+    run, held = tmp_path / "run", held_at("step", 4)
+    words = varied(run, data__workers=2)
+    agent = torchrun(2, sys.executable, *held.words, *words)
+    agent.until(lambda: len(held.pids) == 2)
     for pid in [agent.rank(rank) for rank in (1, 0)]:
         os.kill(pid, signal.SIGKILL)
     agent.wait(1)
-    assert steps_done(run) < STEPS
-    torchrun(2, *words).wait(0)
+    torchrun(2, *sparsemae(words)).wait(0)
     assert run_bytes(run) == run_bytes(two_ranks[0])
 
 

@@ -21,9 +21,7 @@ def status(run):
 
 
 @pytest.mark.slow
-def test_stops_at_random_moments(
-    tmp_path, sparsemae_now, varied, as_undisturbed, until, steps_done
-):
+def test_stops_at_random_moments(tmp_path, sparsemae_now, varied, as_undisturbed, steps_done):
     """To the process or its group, with and without workers, some of them within a save."""
     chance, runs, stops, moments = random.Random(0), itertools.count(), 0, set()
     run, store = tmp_path / f"run{next(runs)}", tmp_path / "stores"
@@ -32,18 +30,19 @@ def test_stops_at_random_moments(
     while stops < STOPS:
         name, group, workers = targets[stops]
         words = varied(run, store=store, data__workers=workers)
-        before = steps_done(run)
-        started = sparsemae_now(*words, slow=0.02 * (stops % 2))
-        if before > 7:  # too near the end
-            assert started.wait() == 0, started.printed
+        if steps_done(run) > 7:  # too near the end
+            last = sparsemae_now(*words)
+            assert last.wait() == 0, last.printed
             assert as_undisturbed(run) == []
             run = tmp_path / f"run{next(runs)}"
             continue
-        wanted = before + chance.randrange(1, 3)
-        until(lambda run=run, wanted=wanted: steps_done(run) >= wanted, started)
-        time.sleep(chance.uniform(0, 0.03))
+        place = "optimizer" if stops % 2 else "step"
+        started = sparsemae_now(*words, hold=(place, chance.randrange(2)))
+        started.reach()
+        time.sleep(chance.uniform(0, 0.03))  # a save is beside the steps, which go on
         at = steps_done(run)
         started.kill(getattr(signal, name), group=group)
+        started.go_on()
         assert started.wait() == 85, started.printed
         assert "Traceback" not in started.printed
         done = steps_done(run)
@@ -66,12 +65,13 @@ def test_stops_at_random_moments(
     [("SIGTERM", False, 85), ("SIGUSR1", True, 85), ("SIGINT", True, 130)],
 )
 def test_a_stop_while_it_prepares_keeps_what_is_prepared(
-    tmp_path, sparsemae_now, varied, as_undisturbed, until, name, group, code
+    tmp_path, sparsemae_now, varied, as_undisturbed, name, group, code
 ):
     run = tmp_path / "run"
-    started = sparsemae_now(*varied(run), slow=0.02)
-    until(lambda: started.within("preparing"), started)
+    started = sparsemae_now(*varied(run), hold=("preparing", 1))
+    started.reach()
     started.kill(getattr(signal, name), group=group)
+    started.go_on()
     assert started.wait() == code, started.printed
     assert "Traceback" not in started.printed
     assert BEFORE in started.printed
@@ -86,13 +86,14 @@ def test_a_stop_while_it_prepares_keeps_what_is_prepared(
     assert times == {file: (folder / file).stat().st_mtime_ns for file in times}
 
 
-def test_a_stop_while_it_looks_at_the_cases(tmp_path, sparsemae_now, until, varied):
+def test_a_stop_while_it_looks_at_the_cases(tmp_path, sparsemae_now, varied):
     """There is no plan.json to go by; what was seen is lost, what is kept is whole."""
     run = tmp_path / "run"
     words = [word for word in varied(run) if "plan.file" not in str(word)]
-    started = sparsemae_now(*words, slow=0.02)
-    until(lambda: started.within("looking"), started)
+    started = sparsemae_now(*words, hold=("looking", 1))
+    started.reach()
     started.kill(signal.SIGTERM)
+    started.go_on()
     assert started.wait() == 85, started.printed
     assert BEFORE in started.printed
     assert "prepared" not in started.printed

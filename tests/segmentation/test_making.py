@@ -192,6 +192,17 @@ def test_a_second_process_waits_for_the_first(dataset, tmp_path, make_plan, monk
     assert done.is_set()
 
 
+def test_what_a_kill_left_half_written_is_removed(dataset, tmp_path, make_plan):
+    """Also where nothing else is left to do."""
+    store = prepare_store(dataset, make_plan(2), tmp_path / "stores")
+    file = store.cases[0].labels.file
+    for name in ("index.json.0a1b2c3d.tmp", f"{file}.0a1b2c3d.tmp"):
+        (store.path / name).write_bytes(b"{")
+    before = times(store)
+    assert times(prepare_store(dataset, make_plan(2), tmp_path / "stores")) == before
+    assert not list(store.path.rglob("*.tmp"))
+
+
 def test_stopped_it_keeps_what_is_whole(dataset, tmp_path, make_plan):
     asked = []
 

@@ -34,21 +34,18 @@ def newest(run):
     return checkpoint.step
 
 
-def newest_name(run):
-    return max((p.name for p in run.glob("checkpoints/step-*")), default="")
-
-
 def hidden(run):
     return [p for p in run.rglob("*") if p.name.startswith((".tmp-", ".del-"))]
 
 
 @pytest.fixture
-def killed(sparsemae_now, varied, until, steps_done):
-    """`killed(run)`: a run that was killed some steps after its second checkpoint."""
+def killed(sparsemae_now, varied, until):
+    """`killed(run)`: a run that was killed two steps after its second checkpoint."""
 
     def make(run):
-        started = sparsemae_now(*varied(run))
-        until(lambda: newest_name(run) > "step-00000000" and steps_done(run) >= 5, started)
+        started = sparsemae_now(*varied(run), hold=("step", 5))
+        started.reach()
+        until(lambda: (run / "checkpoints" / "step-00000004").exists(), started)
         started.kill(signal.SIGKILL)
         assert started.wait() == -signal.SIGKILL
         return run
@@ -122,18 +119,19 @@ def test_a_file_system_that_fills_up(small_disk, sparsemae_now, varied, ends_the
 
 
 def test_a_file_system_that_is_full_to_the_last_byte(
-    small_disk, sparsemae_now, varied, killed, ends_the_same, until
+    small_disk, sparsemae_now, varied, killed, ends_the_same
 ):
     """There is no room to say so in the folder either; the command says it."""
     remount(small_disk, "size=200m")
     run, filler = killed(small_disk / "run"), small_disk / "filler"
     before = newest(run)
-    started = sparsemae_now(*varied(run))
-    until(lambda: "step " in started.printed, started)
+    started = sparsemae_now(*varied(run), hold=("step", 0))
+    started.reach()
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(2**16))
     assert os.statvfs(small_disk).f_bavail == 0
+    started.go_on()
     assert started.wait() == 1, started.printed
     assert f"{os.strerror(errno.ENOSPC)}; {FULL}" in only_line(started)
     assert str(run) in only_line(started)
@@ -176,17 +174,16 @@ def test_a_folder_that_is_read_only(
     ends_the_same(run)
 
 
-def test_two_in_one_folder(
-    tmp_path, sparsemae_now, varied, until, steps_done, undisturbed, run_bytes
-):
+def test_two_in_one_folder(tmp_path, sparsemae_now, varied, undisturbed, run_bytes):
     run = tmp_path / "run"
-    first = sparsemae_now(*varied(run))
-    until(lambda: steps_done(run) >= 2, first)
+    first = sparsemae_now(*varied(run), hold=("step", 1))
+    first.reach()
     second = sparsemae_now(*varied(run))
     assert second.wait() == 2
     assert not first.ended
     assert f"{run}: another process is training in it" in only_line(second)
     assert len(second.printed.splitlines()) == 1
+    first.go_on()
     assert first.wait() == 0, first.printed
     assert run_bytes(run) == run_bytes(undisturbed)
 

@@ -122,16 +122,17 @@ def test_a_damaged_case_of_one_rank_ends_all_and_is_named_once(
 
 
 def test_a_killed_loader_worker_of_one_rank_ends_all_and_resuming_ends_the_same(
-    tmp_path, torchrun, varied, steps_done, run_bytes
+    tmp_path, torchrun, varied, steps_done, run_bytes, held_at
 ):
-    run, whole = tmp_path / "run", tmp_path / "whole"
+    run, whole, held = tmp_path / "run", tmp_path / "whole", held_at("step", 4)
     few = {"data__workers": 1, "train__steps": 12}
-    words = sparsemae(varied(run, **few))
-    agent = torchrun(2, *words)
-    agent.until(lambda: steps_done(run) >= 5)
+    words = varied(run, **few)
+    agent = torchrun(2, sys.executable, *held.words, *words)
+    agent.until(lambda: len(held.pids) == 2)
     rank = agent.rank(1)
     (worker,) = agent.children(rank)
     os.kill(worker, signal.SIGKILL)
+    held.go_on()
     agent.wait(1)
     (said,) = [line for line in agent.errors if "case" in line]
     assert "killed" in said or "signal 9" in said or "SIGKILL" in said, said
@@ -139,7 +140,7 @@ def test_a_killed_loader_worker_of_one_rank_ends_all_and_resuming_ends_the_same(
     assert (state, code) == ("failed", 1)
     assert step == steps_done(run)
     assert (run / "checkpoints" / f"step-{step:08d}" / "meta.json").exists()
-    torchrun(2, *words).wait(0)
+    torchrun(2, *sparsemae(words)).wait(0)
     torchrun(2, *sparsemae(varied(whole, **few))).wait(0)
     assert run_bytes(run) == run_bytes(whole)
 

@@ -53,7 +53,7 @@ def failure(batches, error=LoaderError):
     began = time.monotonic()
     with pytest.raises(error) as caught:
         list(batches)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert "\n" not in str(caught.value)
     assert none_left()
     return caught.value
@@ -75,16 +75,19 @@ def test_a_worker_that_ends_is_named_with_its_case(monkeypatch, store):
 
 def test_a_worker_that_hangs_is_named_with_its_case(monkeypatch, store):
     at_case(monkeypatch, "case-2", lambda: os.kill(os.getpid(), signal.SIGSTOP))
-    message = str(failure(loader(store, timeout=0.3)))
+    message = str(failure(loader(store, timeout=3)))
     assert message.startswith("case case-2: loader worker ")
-    assert message.endswith("gave no answer for 0.3 s; check the disk or raise data.timeout")
+    assert message.endswith("gave no answer for 3 s; check the disk or raise data.timeout")
 
 
 def test_slow_is_not_hung(monkeypatch, store):
     """The time is that of one sample: a batch of slow ones may take longer."""
-    at_case(monkeypatch, "case-2", lambda: time.sleep(0.3))
-    at_case(monkeypatch, "case-1", lambda: time.sleep(0.3))
-    assert len(list(make_loader(store, PATCH, 5, seed=0, steps=3, workers=1, timeout=0.5))) == 3
+    for case in ("case-1", "case-2"):
+        at_case(monkeypatch, case, lambda: time.sleep(1))
+    batches = make_loader(store, PATCH, 8, seed=0, steps=1, workers=1, timeout=3)
+    began = time.monotonic()
+    assert len(list(batches)) == 1
+    assert time.monotonic() - began > 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -25,10 +25,6 @@ def undisturbed(volumes, tmp_path, contents):
     return folder, contents(tmp_path / "undisturbed")
 
 
-def journal_lines(store):
-    return sum(len(p.read_bytes().splitlines()) for p in store.glob(".journal/*.jsonl"))
-
-
 def until(condition, process, seconds=60):
     limit = time.monotonic() + seconds
     while not condition():
@@ -46,20 +42,21 @@ def finish(sparsemae, *words, code=0):
 
 
 @pytest.mark.slow
-def test_kill_9_of_the_run_at_several_moments(undisturbed, contents, tmp_path, sparsemae):
+def test_kill_9_of_the_run_at_several_moments(undisturbed, contents, tmp_path, sparsemae, held_at):
     folder, expected = undisturbed
     store, words = tmp_path / "store", (folder, "-o", tmp_path / "store", "--workers", 2)
-    for lines in (1, 8, 15, COUNT - 1):
-        run = sparsemae("preprocess", *words)
-        until(lambda n=lines: journal_lines(store) >= n, run)
+    for number, more in enumerate((1, 7, 7, COUNT - 16)):
+        held = held_at("recorded", more - 1)
+        run = sparsemae("preprocess", *words, held=held)
+        until(lambda held=held: held.pids, run)
         # once the process alone, once with everything it started
-        os.kill(run.pid, signal.SIGKILL) if lines % 2 else os.killpg(run.pid, signal.SIGKILL)
+        os.kill(run.pid, signal.SIGKILL) if number % 2 else os.killpg(run.pid, signal.SIGKILL)
         run.wait()
         assert not (store / "index.json").exists()
     printed = finish(sparsemae, *words)
-    assert f"of {COUNT} volumes are done already" in printed
+    assert f"{COUNT - 1} of {COUNT} volumes are done already" in printed
     assert contents(store) == expected
-    assert not list(store.glob(".journal"))
+    assert not (store / ".journal").exists()
     before = {path: path.stat().st_mtime_ns for path in store.glob("cases/*")}
     assert f"{COUNT} of {COUNT} volumes are done already" in finish(sparsemae, *words)
     assert contents(store) == expected
@@ -67,18 +64,21 @@ def test_kill_9_of_the_run_at_several_moments(undisturbed, contents, tmp_path, s
 
 
 @pytest.mark.slow
-def test_kill_9_of_workers_loses_nothing(undisturbed, contents, tmp_path, sparsemae, children):
+def test_kill_9_of_workers_loses_nothing(
+    undisturbed, contents, tmp_path, sparsemae, children, held_at
+):
     folder, expected = undisturbed
-    store = tmp_path / "store"
-    run = sparsemae("preprocess", folder, "-o", store, "--workers", 2)
-    for lines in (2, 9):
-        until(lambda n=lines: journal_lines(store) >= n, run)
+    store, held = tmp_path / "store", held_at("recorded", "1,8")
+    run = sparsemae("preprocess", folder, "-o", store, "--workers", 2, held=held)
+    for _ in range(2):
+        until(lambda: held.pids, run)
         workers = [
             pid
             for pid in children(run.pid)
             if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
         ]
         os.kill(workers[-1], signal.SIGKILL)
+        held.go_on()
     printed = run.communicate(timeout=120)[0]
     assert run.returncode == 0, printed
     assert contents(store) == expected
@@ -88,13 +88,15 @@ def test_kill_9_of_workers_loses_nothing(undisturbed, contents, tmp_path, sparse
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_scheduler_stops_the_run_and_a_later_one_goes_on(
-    undisturbed, contents, tmp_path, sparsemae, name
+    undisturbed, contents, tmp_path, sparsemae, name, held_at
 ):
     folder, expected = undisturbed
     store, words = tmp_path / "store", (folder, "-o", tmp_path / "store", "--workers", 2)
-    run = sparsemae("preprocess", *words)
-    until(lambda: journal_lines(store) >= 3, run)
+    held = held_at("recorded", 2)
+    run = sparsemae("preprocess", *words, held=held)
+    until(lambda: held.pids, run)
     os.killpg(run.pid, getattr(signal, name))  # as SLURM does: the workers get it too
+    held.go_on()
     printed = run.communicate(timeout=60)[0]
     assert run.returncode == 85, printed
     assert "the same command goes on" in printed
@@ -104,12 +106,14 @@ def test_a_scheduler_stops_the_run_and_a_later_one_goes_on(
 
 
 @pytest.mark.slow
-def test_ctrl_c(undisturbed, contents, tmp_path, sparsemae):
+def test_ctrl_c(undisturbed, contents, tmp_path, sparsemae, held_at):
     folder, expected = undisturbed
     store, words = tmp_path / "store", (folder, "-o", tmp_path / "store")
-    run = sparsemae("preprocess", *words)
-    until(lambda: journal_lines(store) >= 2, run)
+    held = held_at("recorded", 1)
+    run = sparsemae("preprocess", *words, held=held)
+    until(lambda: held.pids, run)
     os.killpg(run.pid, signal.SIGINT)
+    held.go_on()
     printed = run.communicate(timeout=60)[0]
     assert run.returncode == 130
     assert "Traceback" not in printed
