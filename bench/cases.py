@@ -13,7 +13,8 @@ import torch
 from sparsemae.errors import UserError
 from sparsemae.kernels import BlockMask
 from sparsemae.models.masking import check_grid, stage_blocks
-from sparsemae.models.topology import PRESETS, Topology, Triple
+from sparsemae.models.topology import PRESETS, Topology
+from sparsemae.triples import Triple
 
 POINT, HALF = (1, 1, 1), (2, 2, 2)
 # what is computed -> its operators, and which inputs' gradients each takes; nothing: forward

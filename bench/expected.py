@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from sparsemae.bench.cases import POINT, Problem, work
 from sparsemae.bench.timing import Ceilings
-from sparsemae.models.topology import Triple
+from sparsemae.triples import Triple
 
 WIDEST = 128  # columns of a tile
 BRICK, SLAB = 256, 128  # rows of a tile that keeps its halo, of one that gathers

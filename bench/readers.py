@@ -21,7 +21,6 @@ from jaxtyping import Float, Float32
 from sparsemae.data.store import Store
 from sparsemae.files import sync_folder
 
-Triple = tuple[int, int, int]
 Box = tuple[slice, slice, slice]
 
 

@@ -18,8 +18,7 @@ from sparsemae.errors import UserError
 from sparsemae.models.mae import SparseMAE
 from sparsemae.pretrain import load_run
 from sparsemae.reporting.planes import plane_figure, three_planes
-
-Triple = tuple[int, int, int]
+from sparsemae.triples import Triple
 
 
 @dataclass(frozen=True)

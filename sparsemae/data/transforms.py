@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Float32
 
 from sparsemae.data.codes import Notice, VolumeError, one_line
 from sparsemae.data.options import PreprocessConfig
-from sparsemae.data.preparing.air import Triple, find_air
+from sparsemae.data.preparing.air import find_air
 from sparsemae.data.preparing.normalize import Flat, Scale, measure
 from sparsemae.data.preparing.resample import Grid, resample, resample_mask, resampled_grid
 from sparsemae.data.read import Volume
+from sparsemae.triples import Triple
 
 
 @dataclass(frozen=True)

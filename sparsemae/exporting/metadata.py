@@ -4,8 +4,9 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from sparsemae.models.topology import Topology, Triple
+from sparsemae.models.topology import Topology
 from sparsemae.transfer.pretrained import FORMAT, METADATA, Pretrained
+from sparsemae.triples import Triple
 
 
 def describe(pretrained: Pretrained, topology: Topology | None, axes: Triple) -> dict[str, Any]:

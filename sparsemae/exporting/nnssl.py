@@ -7,9 +7,10 @@ Form of `AdaptationPlan.serialize()` in nnssl, as nnU-Net's `nnUNetv2_preprocess
 from typing import Any
 
 from sparsemae.exporting.nnunet import IMPORTED, architecture
-from sparsemae.models.topology import Topology, Triple
+from sparsemae.models.topology import Topology
 from sparsemae.planning.nnunet_plans import NORMALIZATIONS, in_network_axes, to_network_axes
 from sparsemae.transfer.pretrained import Pretrained
+from sparsemae.triples import Triple
 
 RESENC_L = Topology.preset("L")
 PATCH = 160  # voxels, recommended where nothing is known

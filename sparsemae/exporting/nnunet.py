@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sparsemae.models.resenc import ResEncUNet
-from sparsemae.models.topology import Topology, Triple
+from sparsemae.models.topology import Topology
 from sparsemae.transfer.kernels import into_network_axes
+from sparsemae.triples import Triple
 
 WEIGHTS = "network_weights"
 

@@ -17,7 +17,7 @@ from sparsemae.kernels import (
     LeakyReLU,
     conv_norm_act,
 )
-from sparsemae.models.topology import Triple
+from sparsemae.triples import Triple
 
 Features = Float[Tensor, "B C D H W"] | BlockTensor | DenseMasked
 

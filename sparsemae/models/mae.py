@@ -26,7 +26,7 @@ from sparsemae.models.masking import (
     stage_blocks,
 )
 from sparsemae.models.resenc import ResEncUNet
-from sparsemae.models.topology import Triple
+from sparsemae.triples import Triple
 
 
 class SparseMAE(nn.Module):

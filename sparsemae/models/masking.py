@@ -6,7 +6,7 @@ import torch
 
 from sparsemae.errors import UserError
 from sparsemae.kernels import BlockMask
-from sparsemae.models.topology import Triple
+from sparsemae.triples import Triple
 
 Decode = str | float
 

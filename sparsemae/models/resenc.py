@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sparsemae.errors import UserError
 from sparsemae.kernels import Conv3d, ConvTranspose3d
 from sparsemae.models.blocks import ConvStack, Features, ResidualStage, initialize
-from sparsemae.models.topology import PRESETS, PerAxis, Topology, Triple, positive
+from sparsemae.models.topology import PRESETS, PerAxis, Topology, positive
+from sparsemae.triples import Triple
 
 
 class ResEncoder(nn.Module):

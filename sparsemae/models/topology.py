@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsemae.errors import UserError
+from sparsemae.triples import Triple
 
-Triple = tuple[int, int, int]
 PerAxis = int | Sequence[int]  # one number for all axes, or three
 
 # nnU-Net 2.8's nnUNetPlannerResEncM, L and XL plan one network: features double from 32 up to 320,

@@ -5,7 +5,8 @@ The planner holds them against a reference that was measured once, with one inpu
 
 import math
 
-from sparsemae.models.topology import Topology, Triple
+from sparsemae.models.topology import Topology
+from sparsemae.triples import Triple
 
 
 def feature_map_size(topology: Topology, patch_size: Triple, num_classes: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsemae.errors import UserError
-from sparsemae.models.topology import Topology, Triple
+from sparsemae.models.topology import Topology
 from sparsemae.planning.fingerprint import Fingerprint
 from sparsemae.planning.plan import Plan
 from sparsemae.planning.rules import (
@@ -23,6 +23,7 @@ from sparsemae.planning.rules import (
     median_spacing,
 )
 from sparsemae.segmentation.dataset import Dataset
+from sparsemae.triples import Triple
 
 # nnU-Net uses batch Dice where it plans a coarser network too: a patch covers less than a quarter
 # of the image, and a coarser image of which it covers a quarter has half as many voxels or fewer

@@ -14,8 +14,9 @@ from sparsemae.config import build_config, is_number
 from sparsemae.data.codes import one_line
 from sparsemae.data.finding.written import json_kind, read_json
 from sparsemae.errors import UserError
-from sparsemae.models.topology import Topology, Triple, positive
+from sparsemae.models.topology import Topology, positive
 from sparsemae.planning.plan import Plan
+from sparsemae.triples import Triple
 
 NORMALIZATIONS = {
     "ZScoreNormalization": "zscore",

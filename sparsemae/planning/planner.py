@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sparsemae.errors import UserError
-from sparsemae.models.topology import Topology, Triple
+from sparsemae.models.topology import Topology
 from sparsemae.planning.cost import feature_map_size
 from sparsemae.planning.fingerprint import Fingerprint
 from sparsemae.planning.nnunet_plans import in_our_axes, to_network_axes, to_our_axes
@@ -27,6 +27,7 @@ from sparsemae.planning.rules import (
     median_spacing,
 )
 from sparsemae.segmentation.dataset import Dataset
+from sparsemae.triples import Triple
 
 # GB of GPU memory each preset aims at, and the feature map size of a network that fills it
 TARGETS = {"M": (8.0, 680_000_000), "L": (24.0, 2_100_000_000), "XL": (40.0, 3_600_000_000)}

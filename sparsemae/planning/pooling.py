@@ -10,7 +10,7 @@ from itertools import product
 
 import numpy as np
 
-from sparsemae.models.topology import Triple
+from sparsemae.triples import Triple
 
 LEAST = 4  # voxels per axis at the bottleneck, of an axis that is halved
 _ALIKE = 2  # spacings whose ratio is below it

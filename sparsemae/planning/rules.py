@@ -8,10 +8,10 @@ from jaxtyping import Float
 
 from sparsemae.data.codes import one_line
 from sparsemae.errors import UserError
-from sparsemae.models.topology import Triple
 from sparsemae.planning.fingerprint import Fingerprint
 from sparsemae.planning.plan import ChannelPlan
 from sparsemae.segmentation.dataset import Dataset
+from sparsemae.triples import Triple
 
 MIN_BATCH = 2  # nnU-Net never plans fewer samples
 

@@ -8,8 +8,7 @@ from jaxtyping import Float, Float32, Int64
 from sparsemae.data.preparing.resample import Grid, resampled_grid
 from sparsemae.data.reading.geometry import voxel_sizes
 from sparsemae.segmentation.resampling import thick_axis
-
-Triple = tuple[int, int, int]
+from sparsemae.triples import Triple
 
 
 @dataclass(frozen=True)

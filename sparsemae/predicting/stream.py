@@ -15,8 +15,9 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from sparsemae.errors import UserError
-from sparsemae.predicting.windows import Triple, Windows, importance
+from sparsemae.predicting.windows import Windows, importance
 from sparsemae.training.options import autocast
+from sparsemae.triples import Triple
 
 Network = Callable[[Float[Tensor, "b C D H W"]], Float[Tensor, "b K D H W"]]
 STEP = 0.5  # nnU-Net's, of a window

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Triple = tuple[int, int, int]
+from sparsemae.triples import Triple
 
 SIGMA = 0.125  # of the Gaussian, in windows
 _LEAST = 1e-3  # weight of a voxel, of the largest

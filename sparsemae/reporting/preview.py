@@ -16,8 +16,7 @@ from sparsemae.reporting.scaling import averaged, factors, greys
 from sparsemae.reporting.segmentation import SegmentationPreview, StoredSegmentation
 from sparsemae.reporting.views import Stored, View, good_spacing
 from sparsemae.runfiles import PICTURE, PREVIEW
-
-Triple = tuple[int, int, int]
+from sparsemae.triples import Triple
 
 MOST_VOXELS = 6_000_000  # of a volume; larger ones are averaged down
 MOST_ROWS = 4  # of the picture

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, UInt8
 
-Triple = tuple[int, int, int]
+from sparsemae.triples import Triple
 
 
 def greys(*some: Float[np.ndarray, "N D H W"]) -> tuple[UInt8[np.ndarray, "N D H W"], ...]:

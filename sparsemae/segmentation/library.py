@@ -15,8 +15,7 @@ from jaxtyping import Float32, Int16
 from sparsemae.data.loading.affine import AugmentConfig
 from sparsemae.segmentation.resampling import ANISOTROPIC
 from sparsemae.training.randomness import seed_step, seeds_restored
-
-Triple = tuple[int, int, int]
+from sparsemae.triples import Triple
 
 PACKAGE = "batchgeneratorsv2"
 _ZOOM = 0.85  # nnU-Net reads a patch larger by this, for what rotation and scaling may need

@@ -16,8 +16,7 @@ from sparsemae.data.preparing.resample import Grid, resampled_grid
 from sparsemae.data.read import Labels, Volume
 from sparsemae.planning.plan import ChannelPlan, Plan
 from sparsemae.segmentation.resampling import resample_image, resample_labels, thick_axis
-
-Triple = tuple[int, int, int]
+from sparsemae.triples import Triple
 
 _LEAST_STD = 1e-8  # nnU-Net's
 

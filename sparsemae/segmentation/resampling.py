@@ -11,13 +11,12 @@ from jaxtyping import Float, Float32, Int32, Shaped
 from scipy import ndimage
 
 from sparsemae.data.preparing.resample import EQUAL, Grid, resample
+from sparsemae.triples import FloatTriple
 
 ANISOTROPIC = 3.0  # times the smallest voxel size
 
-Triple = tuple[float, float, float]
 
-
-def thick_axis(old: Triple, new: Triple) -> int | None:
+def thick_axis(old: FloatTriple, new: FloatTriple) -> int | None:
     """The axis that is not interpolated between voxels of `old` and `new` mm; None if all are.
 
     It is that of the thickest slices of `old`, or else of `new`; with two axes as thick there is

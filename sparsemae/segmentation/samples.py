@@ -16,8 +16,8 @@ from sparsemae.data.loading.samples import begin_range, case_named, cut_out
 from sparsemae.segmentation.intensity import IntensityDraw, draw_intensity
 from sparsemae.segmentation.library import LibraryAugmentation, slice_axis
 from sparsemae.segmentation.store import LabelledStore, StoredCase
+from sparsemae.triples import Triple
 
-Triple = tuple[int, int, int]
 Vary = Literal["plain", "batchgenerators", "none"]
 PLAIN, LIBRARY = "plain", "batchgenerators"
 

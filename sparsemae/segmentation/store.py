@@ -21,12 +21,11 @@ from sparsemae.data.storing.stored import StoredFile, tuples
 from sparsemae.errors import UserError
 from sparsemae.files import sealed, sync_folder, write_atomically
 from sparsemae.segmentation.prepare import PreparedCase
+from sparsemae.triples import Triple
 
 FORMAT, VERSION, INDEX = "sparsemae-labelled-store", 1, "index.json"
 _LARGEST_HALF = 60000.0  # above it voxels are stored as float32
 IMAGES, LABELS, LOCATIONS = "images", "labels", "locations"
-
-Triple = tuple[int, int, int]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sparsemae.models.topology import Triple
 from sparsemae.planning.nnunet_plans import to_our_axes
+from sparsemae.triples import Triple
 
 OURS = (0, 1, 2)
 

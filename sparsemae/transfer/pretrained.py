@@ -18,7 +18,7 @@ from sparsemae.config import is_number
 from sparsemae.data.codes import one_line
 from sparsemae.errors import UserError
 from sparsemae.kinds import FINETUNING, kind_of
-from sparsemae.models.topology import Topology, Triple
+from sparsemae.models.topology import Topology
 from sparsemae.planning.nnunet_plans import (
     in_our_axes,
     network_axes,
@@ -30,6 +30,7 @@ from sparsemae.runfiles import CHECKPOINTS, CONFIG, PLAN
 from sparsemae.transfer.kernels import OURS, from_network_axes
 from sparsemae.transfer.names import TAKEN, canonical
 from sparsemae.transfer.shapes import topology_of
+from sparsemae.triples import Triple
 from sparsemae.weights import Weights, read_weights
 
 RUN, SAFETENSORS, NNUNET, NNSSL = "sparsemae run", "sparsemae safetensors", "nnU-Net", "nnssl"

@@ -12,8 +12,7 @@ from jaxtyping import Float64, Int
 from pydantic import BeforeValidator, Field
 
 from sparsemae.config import Strict, floats
-
-Triple = tuple[int, int, int]
+from sparsemae.triples import Triple
 
 # Device coordinates are float32: what they may touch beyond the exact box is read along, in voxels.
 _SLACK = 1e-3

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsemae.data.loading.samples import RawBatch, Sample
-
-Triple = tuple[int, int, int]
+from sparsemae.triples import Triple
 
 # Slices resampled at a time: a grid of coordinates for 16 of 160^2 stays in a CPU's cache.
 _SLICES = 16

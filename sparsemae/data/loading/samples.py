@@ -17,8 +17,7 @@ from sparsemae.data.loading.order import case_of, generator_of
 from sparsemae.data.store import Case, Store, decode_blocks
 from sparsemae.data.storing.blocks import BLOCK
 from sparsemae.errors import LoaderError, UserError
-
-Triple = tuple[int, int, int]
+from sparsemae.triples import Triple
 
 
 @dataclass(frozen=True)

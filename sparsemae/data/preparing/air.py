@@ -6,8 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from sparsemae.data.reading.sample import evenly, median
-
-Triple = tuple[int, int, int]
+from sparsemae.triples import Triple
 
 DARK = 0.25  # of the way from the 1st to the 99th percentile: tissue on the faces is above it
 NOISE = 5.0  # median distances of the faces' voxels from air: over 3 standard deviations of noise

@@ -13,8 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32
 
 from sparsemae.data.reading.geometry import voxel_sizes
-
-Triple = tuple[float, float, float]
+from sparsemae.triples import FloatTriple
 
 EQUAL = 1e-3  # of a voxel size: an axis this close to the wanted spacing is left alone
 _TILE = 1 << 20  # voxels worked on at a time: 4 MiB stay in a cache
@@ -27,8 +26,8 @@ class Grid:
     """Where new voxels lie: voxel j of an axis at origin + step * j, in old voxels."""
 
     shape: tuple[int, int, int]
-    origin: Triple
-    step: Triple  # exactly 1 along an axis that is left alone
+    origin: FloatTriple
+    step: FloatTriple  # exactly 1 along an axis that is left alone
 
     def affine(self, old: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "4 4"]:
         """New voxels to world mm, from the affine of the old."""
@@ -39,7 +38,7 @@ class Grid:
 
 
 def resampled_grid(
-    shape: tuple[int, int, int], affine: Float[np.ndarray, "4 4"], spacing: Triple
+    shape: tuple[int, int, int], affine: Float[np.ndarray, "4 4"], spacing: FloatTriple
 ) -> Grid:
     """The grid of `spacing` mm along the same axes, centred on the same field of view.
 
