@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= sparsemae-demo
+JOBS ?= 2
 
 .PHONY: demo test test-interop lint clean
 demo: .venv/installed
@@ -11,7 +12,7 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadscope $(PYTEST_ARGS)
 
 # With the real nnU-Net, 76 packages, in an environment of its own; minutes.
 test-interop: .venv-interop/installed
