@@ -127,8 +127,9 @@ def coarser_than_grid(block: Triple, stride: Triple) -> bool:
 def autocast(x: Masked, *parameters: Tensor | None):
     """Cast to the autocast dtype of the device where autocast is on, as dense convolutions do."""
     device = x.device.type
-    known = torch.amp.is_autocast_available(device)  # not of tensors without storage
-    if not known or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if device == "meta" or x.dtype == torch.float64:  # tensors without storage know no autocast
+        return x, *parameters
+    if not torch.is_autocast_enabled(device):
         return x, *parameters
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), *(p if p is None else p.to(dtype) for p in parameters)
