@@ -7,6 +7,7 @@ import contextlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -81,8 +82,11 @@ class Keeper(AbstractContextManager):
         state.guard, state.scale = Guard(**trainer["guard"]), LossScale(**trainer["scale"])
         state.best = None if best is None else tuple(best)
 
-    def open(self, state: State) -> None:
-        """Start the logs at the step of `state`, and keep what the run began with."""
+    def open(self, state: State, stop: Callable[[], int]) -> None:
+        """Start the logs at the step of `state`, and keep what the run began with.
+
+        stop: Gives an exit code once the run is asked to stop.
+        """
         if not self.ranks.main:
             return
         self.log = self.stack.enter_context(
@@ -109,7 +113,9 @@ class Keeper(AbstractContextManager):
         else:
             self.status.update(checkpoint=state.step, best=_best(state))
         self.progress = self.stack.enter_context(
-            TrainingProgress(self.config.steps, state.step, self.console, self.task.measure)
+            TrainingProgress(
+                *(self.config.steps, state.step, self.console, self.task.measure), stop=stop
+            )
         )
         self.progress.saved(state.step)
 

@@ -1,31 +1,46 @@
 """What a person sees of a run: a live table in a terminal, a line now and then elsewhere."""
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import TaskProgressColumn
 from rich.table import Table
+from rich.text import Text
 
 from sparsemae.kinds import VALIDATION_LOSS, Measure
 from sparsemae.live import LiveLine
+from sparsemae.signals import INTERRUPTED
 from sparsemae.training.loop import StepRecord
 
 SMOOTHING = 0.9  # of the shown loss and speed
 
 
 class TrainingProgress(AbstractContextManager):
-    """Shows loss, learning rate, gradient, speed, memory, checkpoint and remaining time."""
+    """Shows loss, learning rate, gradient, speed, memory, checkpoint and remaining time.
 
-    def __init__(self, steps: int, done: int, console: Console, measure: Measure = VALIDATION_LOSS):
+    Once `stop` gives an exit code, a terminal is told what is waited for.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        done: int,
+        console: Console,
+        measure: Measure = VALIDATION_LOSS,
+        *,
+        stop: Callable[[], int] = lambda: 0,
+    ):
         self.steps, self.first, self.console, self.measure = steps, done, console, measure
+        self.stop = stop
         self.started = time.monotonic()
         self.loss = self.speed = self.wait = self.record = None
         self.checkpoint = self.val_loss = None
         self.skipped = self.spikes = 0
         percent = TaskProgressColumn()
-        self.line = LiveLine(console, "step", percent, total=steps, done=done, below=self._table)
+        self.line = LiveLine(console, "step", percent, total=steps, done=done, below=self._below)
         self.live = console.is_terminal
 
     def __enter__(self):
@@ -84,6 +99,13 @@ class TrainingProgress(AbstractContextManager):
     def _left(self) -> timedelta:
         rate = (time.monotonic() - self.started) / max(1, self.record.step - self.first)
         return timedelta(seconds=round(rate * (self.steps - self.record.step)))
+
+    def _below(self) -> Group:
+        lines = []
+        if code := self.stop():
+            again = "; Ctrl-C again stops at once, without one" if code == INTERRUPTED else ""
+            lines.append(Text(f"stopping after this step and a checkpoint{again}", "yellow"))
+        return Group(self._table(), *lines)
 
     def _table(self) -> Table:
         """Names above values, as many side by side as the terminal has room for."""

@@ -62,7 +62,7 @@ def run_task(
             keeper.restore(state)
         try:
             with lost_ranks_explained(ranks):
-                ranks.shared(lambda: keeper.open(state))
+                ranks.shared(lambda: keeper.open(state, stop))
                 finished = fit(
                     *(state, task.loss_of, task.batches(state.step), config),
                     ranks=ranks,

@@ -15,9 +15,9 @@ def record(step, **changes):
     return StepRecord(step=step, **{**usual, **times, **changes})
 
 
-def shown(*records, terminal, width=200, then=None):
+def shown(*records, terminal, width=200, then=None, code=0):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=width)
-    with TrainingProgress(100, 0, console) as progress:
+    with TrainingProgress(100, 0, console, stop=lambda: code) as progress:
         for item in records:
             progress.update(item)
         if then:
@@ -66,3 +66,10 @@ def test_steps_that_were_left_out_are_counted_and_not_averaged(terminal):
 def test_before_any_finite_loss_it_says_so():
     text = shown(record(100, loss=float("nan"), skipped=True), terminal=False)
     assert "loss not finite" in text
+
+
+@pytest.mark.parametrize("code", [0, 85, 130])
+def test_who_asked_it_to_stop_is_told_what_it_waits_for(code):
+    text = shown(record(40), terminal=True, code=code)
+    assert ("stopping after this step and a checkpoint" in text) == (code > 0)
+    assert ("Ctrl-C again stops at once" in text) == (code == 130)
