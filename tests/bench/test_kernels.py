@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -285,7 +284,3 @@ def test_a_document_keeps_its_prose(tmp_path):
         write_markdown(path, "expected", table)
     write_markdown(tmp_path / "new.md", "static", table)
     assert table in (tmp_path / "new.md").read_text()
-
-
-def test_the_gpu_script_is_a_script():
-    subprocess.run(["bash", "-n", ROOT / "bench" / "gpu.sh"], check=True)
