@@ -161,7 +161,7 @@ def test_a_real_run_is_stopped_queued_again_and_finished(tmp_path, job, store):
         f"--set={item}"
         for item in (
             *("data.patch_size=16", "data.batch_size=2", "data.workers=0", "data.validation=0"),
-            *("train.steps=24", "train.save_every=12", "train.device=cpu"),
+            *("train.steps=150", "train.save_every=75", "train.device=cpu"),
         )
     ]
     words = (store, "run", "--config", "tiny", *sets)
@@ -172,9 +172,9 @@ def test_a_real_run_is_stopped_queued_again_and_finished(tmp_path, job, store):
     assert ended(first, tmp_path) == (0, True)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 85)
-    assert status["step"] < 24
+    assert status["step"] < 150
     (tmp_path / "requeued").unlink()
     assert ended(job('exec "$@"', *words, **alone), tmp_path) == (0, False)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
     log = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in log] == list(range(1, 25))
+    assert [json.loads(line)["step"] for line in log] == list(range(1, 151))
