@@ -116,7 +116,7 @@ def test_the_folder_is_free_at_once_after_a_kill(tmp_path, sparsemae_now, varied
         started.kill(signal.SIGKILL)
         assert started.wait() == -signal.SIGKILL
     for name in (".tmp-step-00000099", ".del-step-00000000"):  # as kills leave them
-        (run / "checkpoints" / name).mkdir()
+        (run / "checkpoints" / name).mkdir(exist_ok=True)
     (run / "status.json.0a1b2c3d.tmp").write_text("{")
     last = sparsemae_now(*words)
     assert last.wait() == 0, last.printed
