@@ -29,11 +29,15 @@ before=$(told)
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000)) # of the job's own: another may start on the same node
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# torchrun knows this option from torch 2.12 on; before, ranks have 30 seconds
+timeout=$(python -c 'from importlib.metadata import version
+if tuple(map(int, version("torch").split(".")[:2])) >= (2, 12): print("--shutdown-timeout 100")')
 
+# shellcheck disable=SC2086  # the option and its value are words
 srun python -m torch.distributed.run \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port" \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 100 \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 $timeout \
     --max-restarts 3 \
     -m sparsemae pretrain "$store" -o "$run" --resume "$@" &
 step=$!

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "slurm.sh"
 SCONTROL = """
@@ -142,6 +143,7 @@ def test_the_command_is_the_same_each_time(tmp_path, job):
     assert commands[0] == commands[1]
     line = shlex.join(commands[0])
     assert "--nnodes 2 --nproc-per-node 8 " in line
+    assert ("--shutdown-timeout 100 " in line) == (torch.__version__ >= (2, 12))
     assert "--rdzv-id 4711 --rdzv-endpoint 127.0.0.1:24711 " in line
     end = "-m sparsemae pretrain 'my store' -o run --resume --config tiny --set train.lr=1e-3"
     assert line.endswith(end)
