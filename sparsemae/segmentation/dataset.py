@@ -166,6 +166,8 @@ def _classes(description: Path, labels: Any) -> Classes:
         numbers[number] = name
     ignore = next((k for k, name in numbers.items() if name == IGNORE), None)
     known = sorted(k for k in numbers if k != ignore)
+    if known and 0 not in known:
+        raise mistake(description, 'labels: none is number 0; add "background": 0')
     if known != list(range(len(known))):
         raise mistake(description, f"labels: numbers {known}; use 0 to {len(known) - 1}")
     if len(known) < 2:

@@ -73,7 +73,7 @@ def check_precision(config: TrainConfig, device: str) -> None:
     if config.precision == "bf16" and device == "cpu":
         raise UserError(
             "train.precision bf16: on a CPU the library's weight gradients are not reliable in it; "
-            "use fp32 there"
+            "use fp32 there (--set train.precision=fp32)"
         )
 
 

@@ -81,8 +81,8 @@ def resumable(overrides: Sequence[str]) -> Sequence[str]:
     for item in overrides:
         key = item.partition("=")[0].strip()
         if key not in RESUMABLE:
-            near = difflib.get_close_matches(key, RESUMABLE, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it may change {', '.join(RESUMABLE)}"
+            near = difflib.get_close_matches(key, RESUMABLE, 1, cutoff=0.85)  # train.lr is no typo
+            hint = f"did you mean {near[0]}?" if near else f"it may change {', '.join(RESUMABLE)}."
             raise UserError(
                 f"--set {item}: a resumed run keeps its {key}; {hint} Start a new run for anything "
                 f"else"

@@ -65,6 +65,7 @@ def test_labels_may_be_named_either_way_and_one_ignored(edit, labels, names, ign
         ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, ["labels.whole", "region"]),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, ["a", "b", "both 1"]),
         ({"labels": {"background": 0, "a": 2}}, ["numbers [0, 2]", "0 to 1"]),
+        ({"labels": {"a": 1, "b": 2}}, ["none is number 0", '"background": 0']),
         ({"labels": {"background": 0, "a": -1}}, ["labels.a", "-1"]),
         ({"labels": {"background": 0, "a": True}}, ["labels.a", "True"]),
         ({"labels": {"background": 0}}, ["background alone"]),
