@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt
 
-from sparsemae.config import Strict, as_tuple, build_config, recipes
+from sparsemae.config import Strict, as_tuple, build_config, load_config, recipes
 from sparsemae.data.codes import one_line
 from sparsemae.errors import UserError
 from sparsemae.finetuning.config import NONE, FinetuneConfig
@@ -191,4 +191,10 @@ def _missing(suite: Suite) -> list[str]:
             out.append(
                 one_line(f"method {method.name}: config: no file {config}, nor a recipe ({names})")
             )
+            continue
+        source = config or ("scratch" if method.init == NONE else "finetune")
+        try:
+            load_config(FinetuneConfig, source, method.set)
+        except UserError as error:
+            out.append(one_line(f"method {method.name}: {error}"))
     return out

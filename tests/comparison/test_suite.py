@@ -128,6 +128,7 @@ def test_the_suite_of_the_document_fits_the_keys(suite_file, tmp_path):
     document = Path(__file__).parents[2] / "docs" / "compare.md"
     text = document.read_text().split("```toml\n")[1].split("```")[0]
     suite_file.write_text(text)
+    (tmp_path / "fast.toml").write_text("[train]\nsteps = 3\n")
     (tmp_path / "truth" / "tumour").mkdir(parents=True)
     (tmp_path / "runs" / "mae").mkdir(parents=True)
     for name in ("Dataset001_Stroke", "Dataset002_Tumour"):
@@ -135,3 +136,14 @@ def test_the_suite_of_the_document_fits_the_keys(suite_file, tmp_path):
     suite = read_suite(suite_file)
     assert suite.labels(suite.datasets[1]) == tmp_path / "truth" / "tumour"
     assert suite.datasets[1].folds == (0, 1)
+
+
+def test_keys_of_a_method_are_checked_before_anything_runs(suite_file, tmp_path):
+    """Those of `set`, and those in its configuration file."""
+    change(suite_file, "train.steps=10", "train.step=10")
+    with pytest.raises(UserError, match=r"method mae: .*train\.step: did you mean train\.steps\?"):
+        read_suite(suite_file)
+    change(suite_file, "train.step=10", "train.steps=10")
+    (tmp_path / "fast.toml").write_text("[train]\nstep = 3\n")
+    with pytest.raises(UserError, match=r"method mae: .*train\.step"):
+        read_suite(suite_file)
