@@ -16,6 +16,7 @@ from sparsemae.evaluation.metrics import Score, score_case
 from sparsemae.segmentation.dataset import Classes
 
 SHOWN = 5  # names in a message
+_PROBABILITIES = "_probabilities"  # what `predict` may write beside a map
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def find_pairs(pred: Path, ref: Path, *, only_predicted: bool = False) -> list[P
     if not ref.is_dir():
         return [Pair(_case(ref.name), pred, ref)]
     preds, refs = _maps(pred), _maps(ref)
+    beside = {f"{name}{_PROBABILITIES}" for name in preds} - refs.keys()
+    preds = {name: path for name, path in preds.items() if name not in beside}
     if (missing := refs.keys() - preds.keys()) and not only_predicted:
         raise UserError(
             one_line(

@@ -44,6 +44,15 @@ def test_two_files_need_no_common_name(tmp_path):
     assert find_pairs(*paths) == [Pair(r"ref\n1", *paths)]
 
 
+def test_probabilities_beside_a_prediction_are_no_prediction(tmp_path):
+    pred = touch(tmp_path / "pred", "a.nii", "a_probabilities.nii", "b_probabilities.nii")
+    ref = touch(tmp_path / "ref", "a.nii")
+    with pytest.raises(UserError, match=r"ref: no reference of b_probabilities;"):
+        find_pairs(pred, ref)
+    (pred / "b_probabilities.nii").unlink()
+    assert [pair.pred.name for pair in find_pairs(pred, ref)] == ["a.nii"]
+
+
 def test_what_has_no_partner_is_named(tmp_path):
     names = [f"{c}.nii" for c in "abcdefgh"]
     few, many = touch(tmp_path / "few", "a.nii"), touch(tmp_path / "many", *names)
