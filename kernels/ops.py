@@ -127,9 +127,8 @@ def coarser_than_grid(block: Triple, stride: Triple) -> bool:
 def autocast(x: Masked, *parameters: Tensor | None):
     """Cast to the autocast dtype of the device where autocast is on, as dense convolutions do."""
     device = x.device.type
-    if device == "meta" or x.dtype == torch.float64:  # tensors without storage know no autocast
-        return x, *parameters
-    if not torch.is_autocast_enabled(device):
+    without = device == "meta" or x.dtype == torch.float64  # no storage, so no autocast either
+    if without or not torch.is_autocast_enabled(device):
         return x, *parameters
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), *(p if p is None else p.to(dtype) for p in parameters)

@@ -22,7 +22,7 @@ from sparsemae.predicting.inputs import find_cases
 from sparsemae.predicting.labels import Sink, to_labels
 from sparsemae.predicting.overlay import draw_overlay
 from sparsemae.predicting.placement import place
-from sparsemae.predicting.record import LABELS, OVERLAY, PROBABILITIES, Record
+from sparsemae.predicting.record import LABELS, OVERLAY, PROBABILITY_MAPS, Record
 from sparsemae.predicting.stream import MIRROR_AXES, STEP, predict_logits
 from sparsemae.predicting.write import label_dtype, write_like
 from sparsemae.segmentation.dataset import SegCase, read_dataset
@@ -163,7 +163,7 @@ class _Work:
     def is_done(self, case: SegCase) -> bool:
         """Whether all that is wanted of it is there."""
         files = [self.labels_of(case)]
-        files += [self._beside(case, PROBABILITIES)] * self.probabilities
+        files += [self._beside(case, PROBABILITY_MAPS)] * self.probabilities
         files += [self._beside(case, OVERLAY)] * self.overlay
         return self.record.holds(case) and all(path.is_file() for path in files)
 
@@ -179,7 +179,7 @@ class _Work:
         stream = predict_logits(
             *(ready.array, self.networks, plan.patch_size), on_window=on_window, **self.windows
         )
-        wanted = self._beside(case, PROBABILITIES) if self.probabilities else None
+        wanted = self._beside(case, PROBABILITY_MAPS) if self.probabilities else None
         with _sink(wanted, len(classes), first, stream.axis) as sink:
             labels = to_labels(stream, placement, probabilities=sink)
         if self.overlay:

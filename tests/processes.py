@@ -40,6 +40,11 @@ class Started:
         """Wait until it stands still there."""
         _until(lambda: self.held, self)
 
+    def reach_or_end(self):
+        """Wait until it stands still there, or has ended before."""
+        while not (self.held or self.ended):
+            time.sleep(0.001)
+
     def go_on(self):
         """Let it go on from there."""
         self._held.unlink()

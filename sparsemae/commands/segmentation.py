@@ -50,6 +50,7 @@ def finetune(
         from sparsemae.config import load_config
         from sparsemae.finetune import FinetuneConfig
         from sparsemae.finetune import finetune as train
+        from sparsemae.finetuning.config import usual_recipe
 
         loaded, overrides = None, list(overrides or [])
         if fold is not None:
@@ -57,8 +58,7 @@ def finetune(
         if not resume or init is not None or config is not None:
             if init is not None:
                 overrides.append(f"init={quoted(init)}")
-            recipe = config or ("scratch" if init == "none" else "finetune")
-            loaded = load_config(FinetuneConfig, recipe, overrides)
+            loaded = load_config(FinetuneConfig, config or usual_recipe(init), overrides)
             if "init" not in loaded.model_fields_set:
                 raise UserError("--init: give the weights to start from, or none for none")
         outcome = until_interrupted(

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt
 from sparsemae.config import Strict, as_tuple, build_config, load_config, recipes
 from sparsemae.data.codes import one_line
 from sparsemae.errors import UserError
-from sparsemae.finetuning.config import NONE, FinetuneConfig
+from sparsemae.finetuning.config import NONE, FinetuneConfig, usual_recipe
 from sparsemae.segmentation.dataset import LABELS, TEST, read_dataset
 
 ROLES = ("development", "test")  # never pooled
@@ -192,9 +192,8 @@ def _missing(suite: Suite) -> list[str]:
                 one_line(f"method {method.name}: config: no file {config}, nor a recipe ({names})")
             )
             continue
-        source = config or ("scratch" if method.init == NONE else "finetune")
         try:
-            load_config(FinetuneConfig, source, method.set)
+            load_config(FinetuneConfig, config or usual_recipe(method.init), method.set)
         except UserError as error:
             out.append(one_line(f"method {method.name}: {error}"))
     return out

@@ -13,10 +13,9 @@ from sparsemae.data.finding.scan import preference, split_suffix, volumes
 from sparsemae.data.read import SUFFIXES, read_labels
 from sparsemae.errors import UserError, listed
 from sparsemae.evaluation.metrics import Score, score_case
-from sparsemae.segmentation.dataset import Classes
+from sparsemae.segmentation.dataset import PROBABILITIES, Classes
 
 SHOWN = 5  # names in a message
-_PROBABILITIES = "_probabilities"  # what `predict` may write beside a map
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def find_pairs(pred: Path, ref: Path, *, only_predicted: bool = False) -> list[P
     if not ref.is_dir():
         return [Pair(_case(ref.name), pred, ref)]
     preds, refs = _maps(pred), _maps(ref)
-    beside = {f"{name}{_PROBABILITIES}" for name in preds} - refs.keys()
+    beside = {f"{name}{PROBABILITIES}" for name in preds} - refs.keys()
     preds = {name: path for name, path in preds.items() if name not in beside}
     if (missing := refs.keys() - preds.keys()) and not only_predicted:
         raise UserError(

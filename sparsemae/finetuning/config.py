@@ -132,6 +132,11 @@ class FinetuneConfig(Strict):
         return without(values, RESUMABLE)
 
 
+def usual_recipe(init: str | None) -> str:
+    """The recipe where no configuration is named, by what is started from."""
+    return "scratch" if init == NONE else "finetune"
+
+
 def _augmentation(asked: str) -> str:
     if asked == "auto":
         return LIBRARY if has_library() else PLAIN

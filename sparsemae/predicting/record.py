@@ -7,11 +7,12 @@ from typing import Any
 
 from sparsemae.errors import UserError
 from sparsemae.files import write_atomically
-from sparsemae.segmentation.dataset import SegCase
+from sparsemae.segmentation.dataset import PROBABILITIES, SegCase
 from sparsemae.segmentation.making import stamp_of_case
 
 RECORD, FORMAT = "predict.json", 1
-LABELS, PROBABILITIES, OVERLAY = ".nii.gz", "_probabilities.nii.gz", ".png"
+LABELS, OVERLAY = ".nii.gz", ".png"
+PROBABILITY_MAPS = f"{PROBABILITIES}{LABELS}"
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Record:
                     f"-o, or --overwrite to replace them"
                 )
             for case in cases if overwrite else ():
-                for ending in (LABELS, PROBABILITIES, OVERLAY):
+                for ending in (LABELS, PROBABILITY_MAPS, OVERLAY):
                     (folder / f"{case}{ending}").unlink(missing_ok=True)
             record.cases = {} if overwrite else cases
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from sparsemae.data.finding.written import json_kind, read_json
 from sparsemae.errors import UserError, listed
 
 LABELS, TEST = "labelsTr", "imagesTs"
+PROBABILITIES = "_probabilities"  # after a case's name: predicted beside its label map
 _LONGEST = 200  # bytes of a case's id: endings are added to it
 IGNORE = "ignore"  # the label of voxels that nobody knows the class of
 

@@ -146,7 +146,7 @@ def test_a_rank_that_lacks_what_rank_0_has_says_so(tmp_path, torchrun, varied):
 
 
 def test_killed_ranks_go_on_and_end_byte_equal(
-    tmp_path, torchrun, varied, two_ranks, run_bytes, held_at
+    tmp_path, torchrun, varied, two_ranks, steps_done, run_bytes, held_at
 ):
     run, held = tmp_path / "run", held_at("step", 4)
     words = varied(run, data__workers=2)
@@ -155,6 +155,7 @@ def test_killed_ranks_go_on_and_end_byte_equal(
     for pid in [agent.rank(rank) for rank in (1, 0)]:
         os.kill(pid, signal.SIGKILL)
     agent.wait(1)
+    assert steps_done(run) < STEPS
     torchrun(2, *sparsemae(words)).wait(0)
     assert run_bytes(run) == run_bytes(two_ranks[0])
 

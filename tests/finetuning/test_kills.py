@@ -26,7 +26,7 @@ def test_kill_9_at_random_moments(tmp_path, sparsemae_now, varied, as_undisturbe
     """To the process or its group; most while a certain work is under way."""
     run, chance, moments = tmp_path / "run", random.Random(workers), [*MOMENTS]
     saves, place = itertools.cycle(SAVES if workers else SAVES[::-1]), None
-    words = varied(run, data__workers=workers)
+    words, runs = varied(run, data__workers=workers), itertools.count()
     while moments:
         moment = moments[0]
         if moment == "any":
@@ -35,13 +35,12 @@ def test_kill_9_at_random_moments(tmp_path, sparsemae_now, varied, as_undisturbe
         else:
             place = place or (next(saves) if moment == "save" else moment)
             started = sparsemae_now(*words, hold=(place, chance.randrange(2)))
-            while not (started.held or started.ended):
-                time.sleep(0.001)
+            started.reach_or_end()
             time.sleep(chance.uniform(0, 0.05))  # what is not held goes on
         started.kill(signal.SIGKILL, group=bool(chance.randrange(2)))
         if started.wait() == 0:  # it was done before: the moment is to come in another run
             assert as_undisturbed(run) == []
-            run = tmp_path / f"run{len(moments)}-{chance.randrange(10**6)}"
+            run = tmp_path / f"run{next(runs)}"
             words = varied(run, data__workers=workers)
             continue
         assert started.code == -signal.SIGKILL, started.printed

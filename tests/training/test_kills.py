@@ -35,6 +35,7 @@ def test_kill_9_at_random_moments(
     run, chance, seen = tmp_path / "run", random.Random(workers), set()
     saves = itertools.cycle(SAVES if workers else SAVES[::-1])
     words, kills, place = varied(run, data__workers=workers), 0, None
+    runs = itertools.count()
     while kills < KILLS:
         moment = MOMENTS[kills % len(MOMENTS)]
         timed = moment in ("start-up", "any")
@@ -46,13 +47,12 @@ def test_kill_9_at_random_moments(
         if timed:
             time.sleep(chance.uniform(0.0, 0.3 if moment == "start-up" else 1.5))
         else:
-            while not (started.held or started.ended):
-                time.sleep(0.001)
+            started.reach_or_end()
             time.sleep(chance.uniform(0.0, 0.05))  # what is not held goes on
         started.kill(signal.SIGKILL, group=bool(chance.randrange(2)))
         if started.wait() == 0:  # it was done before: begin anew, with the kills counted so far
             assert_same(run, undisturbed, run_bytes, workers)
-            run = tmp_path / f"run{kills}-{chance.randrange(10**6)}"
+            run = tmp_path / f"run{next(runs)}"
             words = varied(run, data__workers=workers)
             continue
         assert started.code == -signal.SIGKILL, started.printed
