@@ -22,12 +22,13 @@ import torch
 import torch._dynamo  # an optimiser imports it
 from hold import hold_at
 
-from sparsemae import cli, finetune, pretrain, reconstruct
+from sparsemae import cli, finetune, pretrain, reconstruct, report
 
 assert matplotlib
 assert finetune
 assert pretrain
 assert reconstruct
+assert report
 
 
 def child(argv, out, hold, largest, memory):
